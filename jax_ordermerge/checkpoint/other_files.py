@@ -94,8 +94,8 @@ def copy(
     """
     donor = source if tokenizer_from is None else tokenizer_from
     # files of two tokenizers beside each other would be read as one
-    files = [(donor, file) for file in list_files(donor)[0] if _is_tokenizer(file)]
-    files += [(source, file) for file in list_files(source)[0] if not _is_tokenizer(file)]
+    files = [(donor, file) for file in list_files(donor)[0] if is_tokenizer(file)]
+    files += [(source, file) for file in list_files(source)[0] if not is_tokenizer(file)]
     for directory, file in files:
         if str(file) not in without:
             (target / file).parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,13 @@ def code_files(directory: Path) -> list[str]:
     return [str(file) for file in list_files(directory)[0] if file.suffix == ".py"]
 
 
-def _is_tokenizer(file: Path) -> bool:
+def is_tokenizer(file: Path) -> bool:
+    """Return whether a file belongs to the tokenizer of a model.
+
+    Example:
+        >>> is_tokenizer(Path("spiece.model")), is_tokenizer(Path("config.json"))
+        (True, False)
+    """
     names = (*sidecar_files.TOKENIZER_FILES, sidecar_files.TOKENIZER_CONFIG)
     templates = (sidecar_files.CHAT_TEMPLATE, sidecar_files.MORE_TEMPLATES)
     # of SentencePiece, under names that models choose

@@ -2,13 +2,15 @@
 
 import contextlib
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jax_ordermerge import record
 from jax_ordermerge.checkpoint import json_files, other_files, remote
-from jax_ordermerge.checkpoint.sidecar_files import CARD, RECIPE
+from jax_ordermerge.checkpoint.sidecar_files import CARD, GENERATION, RECIPE, TOKENIZER_FILES
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import cards
 from jax_ordermerge.layout import RunLayout
@@ -67,8 +69,10 @@ def prepare(source: str) -> Upload:
     # a merge of a run lies in merged/NAME of it
     run = RunLayout(directory.parent.parent)
     is_of_run = run.is_run and run.merged(directory.name) == directory
+    record.refuse_model_of_edited_run(directory)
     card = cards.hub_card(directory, run if is_of_run else None)
-    return Upload(directory, files, left_out, card.text, card.base, card.notes)
+    notes = (*card.notes, *_private_paths(directory, files, card.text))
+    return Upload(directory, files, left_out, card.text, card.base, notes)
 
 
 def _find_directory(source: str) -> Path:
@@ -133,6 +137,21 @@ def _check_weights(source: str, directory: Path, files: Sequence[Path]) -> None:
             raise UserError(f"{source}: {index} names {missing[0]}, which is absent")
 
 
+def _private_paths(directory: Path, files: Sequence[Path], card: str) -> Iterator[str]:
+    """Yield notes on files that name a path of this machine, which readers elsewhere see."""
+    # other trainers write where the base or the data lay
+    home = rf"{re.escape(str(Path.home()))}/[^\s\"']*"
+    pattern = re.compile(rf"{home}|(?<=name_or_path\": \")(?:/|~|\.)[^\"]*")
+    texts = {CARD: card}
+    for file in files:
+        # not the words of a vocabulary, which may look like paths
+        if file.suffix in (".json", ".yaml") and file.name not in TOKENIZER_FILES:
+            texts[str(file)] = (directory / file).read_text(errors="replace")
+    for name, text in texts.items():
+        if match := pattern.search(text):
+            yield f"{name} names {match[0]}, a path of this machine"
+
+
 def describe(upload: Upload) -> Iterator[str]:
     """Yield lines on the files of an upload, and what it leaves here."""
     sizes = {str(file): (upload.directory / file).stat().st_size for file in upload.files}
@@ -142,10 +161,10 @@ def describe(upload: Upload) -> Iterator[str]:
     yield f"{sum(sizes.values()):>15,} bytes  in {len(sizes)} files"
     if upload.left_out:
         rest = len(upload.left_out) - _LISTED
-        more = f" and {rest} more" if rest > 0 else ""
+        ending = f" and {rest} more" if rest > 0 else ""
         yield (
             "note: not uploaded, being neither safetensors nor known files of a model:"
-            f" {', '.join(upload.left_out[:_LISTED])}{more}"
+            f" {', '.join(upload.left_out[:_LISTED])}{ending}"
         )
     yield from (f"note: {note}" for note in upload.notes)
 
@@ -166,24 +185,30 @@ def push(
         upload: from `prepare`.
         repo_id: OWNER/NAME, or NAME of the user's own.
         private: whether only its owner sees the repository.
-        update: commit to a repository that exists. Weights that the upload lacks are deleted in
-            the same commit: a loader would take them for parts of the model.
+        update: commit to a repository that exists. Weights, configs and tokenizer files that the
+            upload lacks are deleted in the same commit: a loader would take them for parts of the
+            model.
         revision: the branch; one that does not exist is begun at main.
         message: of the commit.
         log: called with a line about what was deleted.
 
     Raises:
-        UserError: there is no token, or the hub refuses it; the name is not valid, or taken; or
-            the hub cannot be reached.
+        UserError: there is no token, or the hub refuses it; the name is not valid, or taken; the
+            message is empty; or the hub cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     check_name(repo_id)
+    if not message.strip():
+        raise UserError("--message is empty; say what the commit is, or leave the option out")
     token = get_token()
     if token is None:
         raise UserError(
             "no token for the Hugging Face hub: set HF_TOKEN, or log in with `hf auth login`"
         )
+    # before it is sent: an error about a header would quote it
+    if not re.fullmatch(r"[!-~]+", token):
+        raise UserError("the token for the Hugging Face hub has characters that no token has")
     api = HfApi(token=token)
     with _hub_errors(repo_id, api.endpoint):
         text = _with_license(api, upload, log)
@@ -197,13 +222,24 @@ def push(
         if update:
             names = {operation.path_in_repo for operation in operations}
             for name in api.list_repo_files(repo_id, revision=revision):
-                if other_files.is_weights(Path(name)) and name not in names:
+                if name == CARD:
+                    log(f"note: {CARD} there is replaced")
+                elif name not in names and _is_loaded(Path(name)):
                     operations.append(CommitOperationDelete(name))
                     log(f"note: {name} of an earlier upload is deleted")
         commit = api.create_commit(
             repo_id, operations, commit_message=message, revision=revision, num_threads=4
         )
     return str(commit.commit_url)
+
+
+def _is_loaded(path: Path) -> bool:
+    """Return whether a loader takes a file of another upload for a part of this one."""
+    return (
+        other_files.is_weights(path)
+        or other_files.is_tokenizer(path)
+        or path.name in (*_CONFIGS, GENERATION)
+    )
 
 
 def check_name(repo_id: str) -> None:

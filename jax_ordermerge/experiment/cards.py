@@ -4,11 +4,13 @@ The card of an export is written beside it. For a hub it gets what only a hub sh
 """
 
 import contextlib
+import importlib.resources
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jax_ordermerge.checkpoint import convert, json_files, sidecar_files
+from jax_ordermerge.checkpoint import json_files, remote, sidecar_files
 from jax_ordermerge.checkpoint.resolve import is_on_hub
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.data import list_sources
@@ -25,6 +27,7 @@ from jax_ordermerge.merge.sources.references import Member
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
 
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _LICENSE = ("license", "license_name", "license_link")
 
 
@@ -122,8 +125,8 @@ def hub_card(directory: Path, run: RunLayout | None) -> HubCard:
     tags = card.data.get("tags") or ["jax_ordermerge"]
     card.data["tags"] = tags if "merge" in tags or not recipe.is_file() else [*tags, "merge"]
     named = card.data.get("base_model") or []
-    bases = [named] if isinstance(named, str) else list(named)
-    public = [name for name in bases if name.count("/") == 1]
+    bases = named if isinstance(named, list) else [named]
+    public = [name for name in bases if _is_hub_name(name)]
     notes += [
         f"base_model {name} is no name on the hub (OWNER/NAME), so the card leaves it out"
         for name in bases
@@ -144,10 +147,16 @@ def hub_card(directory: Path, run: RunLayout | None) -> HubCard:
         if names := _hub_datasets(config):
             card.data["datasets"] = names
         if results := _results(run, config, directory.name):
-            card.data["model_name"], card.data["eval_results"] = directory.name, results
+            card.data["model_name"] = card.data.get("model_name") or directory.name
+            card.data["eval_results"] = [*(card.data.get("eval_results") or ()), *results]
     if recipe.is_file() and "merge_method:" not in card.text:
         card.text += f"\n## Recipe\n\n```yaml\n{recipe.read_text().strip()}\n```\n"
     return HubCard(str(card), public[0] if public else None, tuple(notes))
+
+
+def _is_hub_name(name: object) -> bool:
+    # a relative path may look like one
+    return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and is_on_hub(name)
 
 
 def has_license(text: str) -> bool:
@@ -214,8 +223,14 @@ def _known_license(bases: list[str], config: Config | None) -> Json:
     from huggingface_hub import try_to_load_from_cache
 
     paths = [try_to_load_from_cache(name, sidecar_files.CARD) for name in bases[:1]]
-    if config is not None and not is_on_hub(config.model.base):
-        paths.append(str(convert.resolve(config.model.base) / sidecar_files.CARD))
+    if config is not None:
+        # Not by `resolve`: it would fetch a bucket, convert a GGUF file, or miss a base that is
+        # no longer there.
+        base, assets = config.model.base, importlib.resources.files("jax_ordermerge") / "assets"
+        directory = remote.expand(base)
+        if base.startswith("embedded:"):
+            directory = Path(str(assets)) / base.removeprefix("embedded:")
+        paths.append(str(directory / sidecar_files.CARD))
     for path in paths:
         # what is known to be absent is an object of its own
         if isinstance(path, str) and Path(path).is_file():

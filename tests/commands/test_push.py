@@ -151,8 +151,46 @@ def test_a_dry_run_needs_no_network(run, capsys):
     assert f"note: the license is that which {BASE} names on the hub" in err
 
 
+def test_an_update_leaves_nothing_that_a_loader_would_take_for_its_own(hub, tmp_path, capsys):
+    model = write_model(tmp_path / "model")
+    for name in ("chat_template.jinja", "adapter_config.json", "handler.py"):
+        (model / name).write_text('{"base_model_name_or_path": "org/base"}')
+    assert call("push", model, "me/model") == 0
+    for name in ("chat_template.jinja", "adapter_config.json", "handler.py"):
+        (model / name).unlink()
+    assert call("push", model, "me/model", "--update") == 0
+    files = hub.repos["me/model"]["main"].keys()
+    # of another tokenizer and kind of model, and what the owner may have put there
+    assert not {"chat_template.jinja", "adapter_config.json"} & files
+    assert "handler.py" in files
+    notes = capsys.readouterr().err
+    assert "note: chat_template.jinja of an earlier upload is deleted" in notes
+    assert "note: README.md there is replaced" in notes
+
+
+def test_paths_of_this_machine_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    model = write_model(tmp_path / "model")
+    (model / "config.json").write_text(json.dumps({"_name_or_path": "/data/base"}))
+    with (model / "README.md").open("a") as card:
+        card.write("Trained on /home/me/letters.jsonl.")
+    assert call("push", model, "org/model", "--dry-run") == 0
+    notes = capsys.readouterr().err
+    assert "note: config.json names /data/base, a path of this machine" in notes
+    assert "note: README.md names /home/me/letters.jsonl., a path of this machine" in notes
+
+
+def test_the_card_of_a_run_without_its_base_can_be_written(run, capsys):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for base in (str(run / "lost"), "s3://none/base", "embedded:smollm2"):
+        config["model"]["base"] = base
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        assert call("push", run, "org/merged", "--dry-run") == 0
+        assert "license" not in capsys.readouterr().out
+
+
 def test_a_base_without_a_name_on_the_hub_is_left_out(tmp_path, capsys):
-    bases = ["SmolLM2-135M", "org/other"]
+    bases = ["SmolLM2-135M", "~/base", "org/other"]
     model = write_model(tmp_path / "two", base_model=bases, relation="merge")
     assert call("push", model, "org/merged", "--dry-run") == 0
     out, err = capsys.readouterr()
@@ -188,6 +226,13 @@ def test_what_the_hub_refuses_is_one_line(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert call(*arguments) == 2
     refused(capsys, f"{hub.url} does not accept the token")
+    for token in (f"{fake_hub.TOKEN}\x01", f"{fake_hub.TOKEN}\u00e9"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        assert call(*arguments) == 2
+        refused(capsys, "has characters that no token has")
+    monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
+    assert call(*arguments, "--message", " ") == 2
+    refused(capsys, "--message is empty")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert call(*arguments) == 2
     refused(capsys, "http://127.0.0.1:9 cannot be reached: ")
