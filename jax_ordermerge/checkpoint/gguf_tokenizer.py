@@ -394,8 +394,8 @@ def _differences(raw: Json, keys: Json, settings: JsonRow, path: Path) -> Iterat
         yield f"GGUF cannot say that {path.name} makes {expected} of 'a'; the file makes {tokens}"
     added = [e for e in raw.get("added_tokens") or [] if not (e.get("lstrip") or e.get("rstrip"))]
     text = "".join(f"{entry['content']}a" for entry in added[:100])
-    expected, tokens = (x.encode(text, add_special_tokens=False).ids for x in (original, stored))
-    if expected != tokens:
+    a, b = (x.encode(text, add_special_tokens=False).ids for x in (original, stored))
+    if a != b:
         yield f"around added tokens the file splits text otherwise than {path.name}"
 
 
