@@ -323,7 +323,7 @@ FAMILIES.register(
     "phi3",
     Family(
         "Phi3ForCausalLM",
-        "Phi-3, Phi-4, Phi-4-mini",
+        "Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini",
         defaults={
             "vocab_size": 32064,
             "hidden_size": 3072,
