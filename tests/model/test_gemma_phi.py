@@ -118,6 +118,26 @@ def test_splash_caps_scores_as_xla_does():
     assert abs(mixed("xla", None) - xla).max() > 0.1
 
 
+@pytest.mark.slow
+def test_gradients_of_splash_under_a_cap_are_those_of_xla():
+    q, k, v = inputs(130, 130, H=8)
+    tokens = packed(130, (50, 70))
+    weights = np.random.default_rng(0).normal(size=q.shape).astype(np.float32)
+    weights *= np.asarray(tokens.segments > 0)[:, :, None, None]
+
+    def gradients(kernel, softcap):
+        def total(q, k, v):
+            settings = {"window": 40, "scale": 0.3, "softcap": softcap, "kernel": kernel}
+            return (attend(q, k, v, tokens, tokens, **settings) * weights).sum()
+
+        return jax.grad(total, (0, 1, 2))(20 * q, k, v)
+
+    xla = gradients("xla", 3.0)
+    for actual, expected in zip(gradients("splash_interpreted", 3.0), xla, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * float(abs(expected).max()))
+    assert abs(gradients("xla", None)[0] - xla[0]).max() > 1
+
+
 def test_cudnn_has_no_soft_cap():
     class Gpu:
         platform = "gpu"
