@@ -55,6 +55,9 @@ def load_config(directory: str | Path, ignore: Iterable[str] = ()) -> ModelConfi
         UserError: the file is absent, malformed or not supported; the message names the key.
     """
     path = Path(directory) / "config.json"
+    # a repository of such files is named by the habit of other tools
+    if not path.is_file() and (files := sorted(path.parent.glob("*.gguf"))):
+        raise UserError(f"{directory} has no config.json, but GGUF files; give one, as {files[0]}")
     raw = json_files.read_json(path)
     try:
         config = ModelConfig.from_hf(raw, ignore, str(path))

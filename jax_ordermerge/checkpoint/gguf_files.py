@@ -6,6 +6,7 @@ So every reader of this package takes it, and of several processes one does the 
 
 import collections
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -245,6 +246,9 @@ def write(
     if config.rope.kind == "llama3":
         factors = gguf_metadata.rope_factors(config.rope, config.head_dim)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # a killed process could not remove its file, which is as large as the model
+    for abandoned in path.parent.glob(f"{glob.escape(path.name)}.partial-" + "[0-9a-f]" * 8):
+        abandoned.unlink()
     partial = atomic.scratch_path(path)
     writer = gguf.GGUFWriter(partial, architecture.name)
     try:

@@ -64,9 +64,10 @@ def resolve(base: str, *, weights: bool = True, allow_bin: bool = False) -> Path
         )
     # a hub name has at most one slash, so this can only be a path
     if base.startswith((".", "/", "~")) or base.count("/") > 1 or is_gguf:
+        kind = "file" if is_gguf else "directory"
         raise UserError(
-            f"model {'file' if is_gguf else 'directory'} {base} not found{_similar(path)}; give an existing directory, a"
-            " hub name or embedded:NAME"
+            f"model {kind} {base} not found{_similar(path)}; give an existing {kind}, a hub name or"
+            " embedded:NAME"
         )
     directory = _download(base, _HUB_FILES if weights else _HUB_FILES[1:])
     if allow_bin and not any(directory.glob("*.safetensors")):

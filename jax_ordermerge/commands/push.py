@@ -140,8 +140,8 @@ def _check_weights(source: str, directory: Path, files: Sequence[Path]) -> None:
 def _private_paths(directory: Path, files: Sequence[Path], card: str) -> Iterator[str]:
     """Yield notes on files that name a path of this machine, which readers elsewhere see."""
     # other trainers write where the base or the data lay
-    home = rf"{re.escape(str(Path.home()))}/[^\s\"']*"
-    pattern = re.compile(rf"{home}|(?<=name_or_path\": \")(?:/|~|\.)[^\"]*")
+    in_home = rf"{re.escape(str(Path.home()))}/[^\s\"']*"
+    pattern = re.compile(rf"{in_home}|(?<=name_or_path\": \")(?:/|~|\.)[^\"]*")
     texts = {CARD: card}
     for file in files:
         # not the words of a vocabulary, which may look like paths

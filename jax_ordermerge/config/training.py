@@ -384,8 +384,8 @@ class Lora(Section):
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
     targets: tuple[str, ...] = Field(
         ("all-linear",),
-        description="q, k, v, o, gate, up, down (of Phi qkv, o, gate_up, down) or their Hugging Face"
-        " names (q_proj); all-linear is all of them",
+        description="q, k, v, o, gate, up, down (of Phi qkv, o, gate_up, down) or their Hugging"
+        " Face names (q_proj); all-linear is all of them",
     )
     # A frozen base is only read: it needs no float32 masters.
     base_dtype: Literal["float32", "bfloat16"] | None = Field(

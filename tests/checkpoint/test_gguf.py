@@ -205,6 +205,14 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, changes, message):
         resolve(str(tmp_path / "changed.gguf"))
 
 
+def test_a_file_that_a_killed_process_left_is_removed_and_the_directory_is_no_model(tmp_path):
+    (tmp_path / "model.gguf.partial-0123abcd").touch()
+    write(tmp_path / "model.gguf", CONFIGS["llama"])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    with pytest.raises(UserError, match=r"but GGUF files; give one, as .*model.gguf"):
+        convert.load_config(tmp_path)
+
+
 def test_special_tokens_that_no_row_has_are_not_written(tmp_path):
     # -1 is what some configs have, where a model has no padding
     write(tmp_path / "model.gguf", ModelConfig(**SIZES | {"pad_token_id": -1, "bos_token_id": 48}))

@@ -402,7 +402,9 @@ run the training first
             " average"
         )
     # absent where the last weights are the result, neither averages nor the best
-    return FinalCheckpoint(step or latest, tuple(members), metadata.get("weights", "params"))
+    return FinalCheckpoint(
+        latest if step is None else step, tuple(members), metadata.get("weights", "params")
+    )
 
 
 def read(model: Source, name: str) -> np.ndarray:
