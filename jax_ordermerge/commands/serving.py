@@ -15,6 +15,18 @@ from jax_ordermerge.json_types import Json
 
 # Files of which one is enough for an engine to turn text into tokens.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Classes whose directories `ollama create` converts itself. It takes all others as GGUF files.
+_OLLAMA = {
+    "LlamaForCausalLM",
+    "MixtralForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Olmo3ForCausalLM",
+    "CohereForCausalLM",
+}
 
 
 def print_commands(out: Path) -> None:
@@ -44,19 +56,22 @@ def serving_lines(directory: Path) -> list[str]:
     if lacking:
         return [f"no engine can serve {directory}: {', '.join(lacking)}"]
     path, name = shlex.quote(str(directory)), directory.resolve().name
-    gguf = shlex.quote(f"{name}.gguf")
-    if _read(directory / "config.json").get("model_type") in gguf_metadata.ARCHITECTURES:
+    gguf, config = shlex.quote(f"{name}.gguf"), _read(directory / "config.json")
+    if config.get("model_type") in gguf_metadata.ARCHITECTURES:
         convert = f"ordermerge convert {path} {gguf} --to gguf"
     else:
         # a script of its repository, not of a package
         convert = f"python llama.cpp/convert_hf_to_gguf.py {path} --outfile {gguf}"
+    create = _ollama(directory, name)
+    if not _OLLAMA.intersection(config["architectures"]):
+        create = f"  {convert} && {_ollama(Path(f'{name}.gguf'), name).strip()}"
     lines = [
         "To serve it, one of:",
         f"  vllm serve {path}",
         f"  python -m sglang.launch_server --model-path {path}",
         f"  transformers serve {path}",
         f"  {convert} && llama-server -m {gguf}",
-        _ollama(directory, name),
+        create,
     ]
     if not has_chat_template(directory):
         lines.append(

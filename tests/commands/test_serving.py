@@ -1,6 +1,7 @@
 """What is printed after an export: how engines serve it, and what they would not find."""
 
 import json
+import pathlib
 import shlex
 import subprocess
 import sys
@@ -54,6 +55,19 @@ def test_a_family_that_only_llama_cpp_converts_goes_through_its_script(model):
     (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     (line,) = (line for line in serving_lines(model) if "llama-server" in line)
     assert "llama.cpp/convert_hf_to_gguf.py" in line
+
+
+def test_ollama_takes_a_gguf_file_of_what_it_does_not_convert_itself(model):
+    config = json.loads((model / "config.json").read_text())
+    change = {"model_type": "granite", "architectures": ["GraniteForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config | change))
+    (line,) = (line for line in serving_lines(model) if "ollama create" in line)
+    convert, modelfile, create = line.split(" && ")
+    assert shlex.split(convert)[-2:] == ["--outfile", "my model.gguf"]
+    subprocess.run(["sh", "-c", modelfile], check=True, cwd=model)
+    file = pathlib.Path("my model.gguf").absolute()
+    assert (model / "my model.Modelfile").read_text() == f"FROM {file}\n"
+    assert create == "ollama create my-model -f 'my model.Modelfile'"
 
 
 def test_what_no_engine_would_find_is_named(model):
