@@ -130,8 +130,13 @@ def _check_weights(source: str, directory: Path, files: Sequence[Path]) -> None:
             f"{source} has no *{_WEIGHTS}; other weights are not uploaded: write it with ordermerge"
             f" convert {source} DIRECTORY, --allow-bin for .bin"
         )
+    # links of a cache that was cleaned lead nowhere
+    if absent := [name for name in sorted(names) if not (directory / name).is_file()]:
+        raise UserError(f"{source}: {absent[0]} cannot be read; restore or remove it")
     for index in (name for name in names if name.endswith(_INDEX)):
-        weight_map = json_files.read_json(directory / index)["weight_map"]
+        weight_map = json_files.read_json(directory / index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{source}: {index} has no weight_map; restore it")
         # of an interrupted copy: a loader would fail, after a download of hours
         if missing := sorted({*weight_map.values()} - names):
             raise UserError(f"{source}: {index} names {missing[0]}, which is absent")

@@ -120,7 +120,11 @@ def hub_card(directory: Path, run: RunLayout | None) -> HubCard:
     """
     notes = list[str]()
     path = directory / sidecar_files.CARD
-    card = _parse(path.read_text() if path.is_file() else sidecar_files.model_card(directory.name))
+    try:
+        text = path.read_text() if path.is_file() else sidecar_files.model_card(directory.name)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8; write it anew in UTF-8") from error
+    card = _parse(text)
     recipe = directory / sidecar_files.RECIPE
     tags = card.data.get("tags") or ["jax_ordermerge"]
     card.data["tags"] = tags if "merge" in tags or not recipe.is_file() else [*tags, "merge"]

@@ -254,6 +254,10 @@ def lose_a_shard(model):
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def empty_index(model):
+    (model / "model.safetensors.index.json").write_text("{}")
+
+
 def local_adapter(model):
     (model / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/me/base"}')
 
@@ -263,6 +267,9 @@ def local_adapter(model):
     [
         (only_bin, [], "has no *.safetensors; other weights are not uploaded"),
         (lose_a_shard, [], "names model-2.safetensors, which is absent"),
+        (empty_index, [], "model.safetensors.index.json has no weight_map"),
+        (lambda model: (model / "vocab.txt").symlink_to("lost"), [], "vocab.txt cannot be read"),
+        (lambda model: (model / "README.md").write_bytes(b"\xe9"), [], "is not UTF-8"),
         (local_adapter, [], "base_model_name_or_path is /home/me/base, a path of this machine"),
         (lambda model: (model / "config.json").unlink(), [], "is no exported model"),
         (lambda model: (model / "README.md").write_text("---\na: [\n---\n"), [], "README.md"),
