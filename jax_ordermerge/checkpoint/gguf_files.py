@@ -69,6 +69,7 @@ def read_directory(path: Path) -> Path:
 
 @functools.cache
 def _read_directory(path: Path, size: int, modified: int) -> Path:
+    # a file that is replaced under its name is another model
     key = hashlib.sha256(f"{_VERSION} {path} {size} {modified}".encode()).hexdigest()[:16]
     directory = remote.cache().absolute() / "gguf" / f"{path.stem[:100]}-{key}"
     # one process of this machine converts, the others wait and find the directory
@@ -83,6 +84,7 @@ def _read_directory(path: Path, size: int, modified: int) -> Path:
 
 def _write_directory(path: Path, directory: Path) -> None:
     metadata, tensors = _open(path)
+    # no tensor of the model: it says which rope the config has
     factors = tensors.pop(gguf_metadata.ROPE_FACTORS, None)
     shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
     config = gguf_metadata.read_config(
@@ -100,6 +102,7 @@ def _write_directory(path: Path, directory: Path) -> None:
             heads = gguf_metadata.rotary_heads(hf_name, config)
             yield hf_name, gguf_metadata.unpermute(weight, heads) if heads else weight
 
+    # the tokenizer apart: `safetensors.write` copies it from a directory
     with atomic.new_directory(directory) as partial, tempfile.TemporaryDirectory() as tokenizer:
         count = len(metadata.get("tokenizer.ggml.tokens", ()))
         if count > config.vocab_size:
@@ -148,6 +151,7 @@ def _check_tensors(
     names: Mapping[str, str],
     path: Path,
 ) -> None:
+    # both ways: a tensor that nothing reads would change the model in llama.cpp
     expected = {names[name]: spec.hf_shape for name, spec, _ in arch.hf_tensors(config)}
     for name in expected:
         if name not in shapes:
@@ -242,6 +246,7 @@ def write(
     fallback = [hf for hf, type_ in types.items() if kind == "Q8_0" and type_ == "F16"]
     if fallback:
         notes.append(f"{len(fallback)} tensors in F16: their rows are no multiple of 32 long")
+    # llama.cpp has no keys for this rope: it reads the factors as a tensor
     factors = None
     if config.rope.kind == "llama3":
         factors = gguf_metadata.rope_factors(config.rope, config.head_dim)
@@ -258,6 +263,7 @@ def write(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in keys.items():
             _add(writer, key, value)
+        # sizes first, bytes later: the header lists all tensors, and one at a time is in memory
         if factors is not None:
             _announce(writer, gguf_metadata.ROPE_FACTORS, factors.shape, "F32")
         for hf, spec, _ in arch.hf_tensors(config):
@@ -267,10 +273,12 @@ def write(
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors)
+        # in the order in which they were announced: the writer has no other way to tell them apart
         for hf, type_ in types.items():
             heads = gguf_metadata.rotary_heads(hf, config)
             weight = gguf_metadata.permute(read(hf), heads) if heads else read(hf)
             writer.write_tensor_data(_encode(weight, type_, hf))
+        # on the disk before the rename, as a loss of power would leave an empty file
         atomic.sync(writer.fout[0])
         writer.close()
         os.replace(partial, path)
@@ -302,6 +310,7 @@ def _type_of(kind: str, shape: tuple[int, ...]) -> str:
 
 def _add(writer: Any, key: str, value: Any) -> None:
     """Add a key in the type in which llama.cpp reads it."""
+    # first, since a bool is an int in Python
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):

@@ -196,10 +196,13 @@ def read_config(
     # as JSON has it where it is absent: hidden_size / heads
     raw["head_dim"] = sizes[0] if sizes else None
     raw["rope_scaling"] = _read_rope(values, raw, factors, path)
+    # llama.cpp takes the embedding where there is no head
     raw["tie_word_embeddings"] = "output.weight" not in shapes
+    # of qwen2 they are part of the architecture, and no setting
     raw["attention_bias"] = families[0] != "qwen2" and "blk.0.attn_q.bias" in shapes
     raw["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
     token = "tokenizer.ggml.{}_token_id"
+    # llama.cpp stops at each of the three
     ends = (metadata.get(token.format(end)) for end in ("eos", "eot", "eom"))
     raw["eos_token_id"] = list(dict.fromkeys(end for end in ends if end is not None))
     raw["bos_token_id"] = metadata.get(token.format("bos"))
@@ -270,6 +273,7 @@ def rope_factors(rope: Rope, head_dim: int) -> np.ndarray:
         >>> rope_factors(Rope(theta=500000.0, kind="llama3", factor=8.0), 64)[[0, -1]].tolist()
         [1.0, 8.0]
     """
+    # in float64: the factors are compared with those that others computed
     turns = rope.theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
     seen = rope.original_max_position_embeddings * turns  # turns within the original length
     low, high = rope.low_freq_factor, rope.high_freq_factor
@@ -289,6 +293,7 @@ def metadata_of(config: ModelConfig) -> Json:
             or window.
     """
     name = architecture(config.family).name
+    # it would attend to all tokens, and write worse text without an error
     if config.sliding_window is not None:
         raise UserError(
             f"a sliding window of {config.sliding_window} cannot be written as GGUF: llama.cpp has"
@@ -297,6 +302,7 @@ def metadata_of(config: ModelConfig) -> Json:
     hf = config.to_hf("float32")
     keys = {key: hf[value] for key, value in _SAME.items()}
     keys["rope.freq_base"] = float(config.rope.theta)
+    # always: some readers take 64 or hidden_size / heads where they are absent
     keys |= dict.fromkeys(_HEAD, config.head_dim)
     rope = config.rope
     if rope.kind in ("linear", "yarn"):

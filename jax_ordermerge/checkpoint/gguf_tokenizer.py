@@ -241,6 +241,7 @@ def _sentencepiece(values: Mapping[str, Any]) -> Json:
 
 def _assemble(values: Mapping[str, Any], merges: list[Any], *, model: Json, **parts: Any) -> Json:
     tokens = values["tokens"]
+    # files of one kind of token have no list
     kinds = values.get("token_type") or [_NORMAL] * len(tokens)
     entries = list(zip(range(len(tokens)), tokens, kinds, strict=True))
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -268,6 +269,7 @@ def _ends(values: Mapping[str, Any], add_bos: bool) -> Json:
     """Return the post-processor that adds BOS and EOS, where the file asks for them."""
     tokens, single, special = values["tokens"], [], {}
     for name, default in (("bos", add_bos), ("", True), ("eos", False)):
+        # the empty name stands for the text between them
         number = values.get(f"{name}_token_id")
         if not name:
             single.append({"Sequence": {"id": "A", "type_id": 0}})
@@ -300,6 +302,7 @@ def tokenizer_metadata(directory: Path, config: ModelConfig) -> tuple[Json, list
     raw, settings_path = json_files.read_json(path), directory / sidecar_files.TOKENIZER_CONFIG
     settings = json_files.read_json(settings_path) if settings_path.is_file() else {}
     model, added = raw["model"], raw.get("added_tokens") or []
+    # the vocabulary of others would be read as that of a BPE, by its wrong merges
     if model.get("type") != "BPE":
         raise UserError(
             f"{path} is a tokenizer of type {model.get('type')}, which cannot be written as GGUF"
@@ -310,6 +313,7 @@ def tokenizer_metadata(directory: Path, config: ModelConfig) -> tuple[Json, list
         raise UserError(
             f"{path} has tokens up to {max(ids.values())}, the model only {config.vocab_size} rows"
         )
+    # every row needs a token: llama.cpp counts rows by tokens
     tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
     kinds = [_UNUSED] * config.vocab_size
     for token, i in ids.items():
@@ -357,6 +361,7 @@ def no_tokenizer(config: ModelConfig) -> Json:
 def _special_ids(settings: JsonRow, config: ModelConfig, ids: Mapping[str, int]) -> Json:
     def number(role: str) -> int | None:
         token = settings.get(f"{role}_token")
+        # the second form is that of transformers 4
         content = token.get("content") if isinstance(token, dict) else token
         return ids.get(content) if isinstance(content, str) else None
 
@@ -386,6 +391,7 @@ def _differences(raw: Json, keys: Json, settings: JsonRow, path: Path) -> Iterat
     """Yield notes on what surrounds text: it differs where GGUF has no key for it."""
     import tokenizers
 
+    # outside of `_PROBES`, which are plain text without marks around it
     original = tokenizers.Tokenizer.from_str(json.dumps(raw))
     stored = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(keys, str(path))))
     expected, tokens = (tokenizer.encode("a").tokens for tokenizer in (original, stored))
@@ -431,6 +437,7 @@ def _find_form(raw: Json, values: Json, settings: JsonRow, path: Path) -> Json:
     # transformers applies its settings over the file; with BOS equal to EOS one of both is enough
     if len(ends) == 1 and all(flags.values()):
         flags["add_eos_token"] = False
+    # by trial: names of pre-tokenizers say less than what they do to text
     for form in _forms(values["model"]):
         metadata = {f"{_GGML}{key}": x for key, x in (values | form).items()}
         candidate = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(metadata, str(path))))

@@ -89,6 +89,7 @@ def _find_directory(source: str) -> Path:
     if not layout.is_run or any((path / name).is_file() for name in _CONFIGS):
         return path.resolve()
     merges = sorted(x.name for x in layout.merged("").glob("*") if layout.is_merged(x.name))
+    # which of several is meant, nobody can guess, and an upload is public
     if len(merges) != 1:
         listed = ", ".join(f"{source}/{name}" for name in merges)
         raise UserError(
@@ -160,6 +161,7 @@ def _private_paths(directory: Path, files: Sequence[Path], card: str) -> Iterato
 def describe(upload: Upload) -> Iterator[str]:
     """Yield lines on the files of an upload, and what it leaves here."""
     sizes = {str(file): (upload.directory / file).stat().st_size for file in upload.files}
+    # that of the upload, which is longer than the one on the disk
     sizes[CARD] = len(upload.card.encode())
     for name, size in sorted(sizes.items()):
         yield f"{size:>15,} bytes  {name}"
@@ -216,13 +218,16 @@ def push(
         raise UserError("the token for the Hugging Face hub has characters that no token has")
     api = HfApi(token=token)
     with _hub_errors(repo_id, api.endpoint):
+        # first, since it may fail, and a new repository would stay behind
         text = _with_license(api, upload, log)
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=update).repo_id
+        # a new repository has main alone
         if revision != "main":
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(file.as_posix(), upload.directory / file) for file in upload.files
         ]
+        # from memory: the card beside the model stays as its author left it
         operations.append(CommitOperationAdd(CARD, text.encode()))
         if update:
             names = {operation.path_in_repo for operation in operations}
@@ -257,6 +262,7 @@ def check_name(repo_id: str) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     try:
+        # by the rule of the hub, before anything is hashed or sent
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserError(f"{repo_id}: expected OWNER/NAME, as a repository of the hub") from error

@@ -125,6 +125,7 @@ def hub_card(directory: Path, run: RunLayout | None) -> HubCard:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8; write it anew in UTF-8") from error
     card = _parse(text)
+    # cards of merges have it already
     recipe = directory / sidecar_files.RECIPE
     tags = card.data.get("tags") or ["jax_ordermerge"]
     card.data["tags"] = tags if "merge" in tags or not recipe.is_file() else [*tags, "merge"]
@@ -142,6 +143,7 @@ def hub_card(directory: Path, run: RunLayout | None) -> HubCard:
             card.data.pop("base_model_relation", None)
     _check_adapter(directory)
     config = None if run is None else read_config(run.root)
+    # what the author wrote goes before what the base says
     if not has_license(str(card)):
         for key, value in _known_license(public, config).items():
             card.data[key] = value
@@ -259,6 +261,7 @@ def _results(run: RunLayout, config: Config, name: str) -> list["EvalResult"]:
     from huggingface_hub import EvalResult
 
     summaries = (read_json(run.evaluations) or {"models": []})["models"]
+    # a run may have been evaluated before this merge was added
     summary = next((x for x in summaries if x["name"] == name), None)
     if summary is None:
         return []
