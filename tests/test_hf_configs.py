@@ -422,6 +422,7 @@ def test_the_context_is_the_extended_one(positions, rope, length):
         ("qwen2", {"max_window_layers": None}, "max_window_layers = None; expected an integer"),
         ("mistral", {"use_sliding_window": True}, "is not supported for mistral"),
         ("mistral", {"attention_bias": True}, "attention_bias = True is not supported for mistral"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000; expected at most"),
         ("llama", {"hidden_size": None}, "hidden_size = None; expected a positive integer"),
         ("llama", {"vocab_size": True}, "vocab_size = True; expected a positive integer"),
         ("llama", {"head_dim": 12.5}, "head_dim = 12.5; expected a positive integer"),

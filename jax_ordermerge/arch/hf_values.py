@@ -26,6 +26,7 @@ FULL, SLIDING = ropes.LAYER_TYPES
 _CAPS: Final = ("attention_softcap", "logit_softcap")
 # A key of Gemma: the scores are divided by its root.
 SQUARED_DIVISOR: Final = "query_pre_attn_scalar"
+_MOST_LAYERS: Final = 10_000
 
 
 def token_ids(value: JsonValue) -> tuple[JsonValue, ...]:
@@ -41,6 +42,12 @@ def check_values(values: JsonRow, family: Family, path: str) -> None:
         is_size = type(value) is int and value > 0
         if not is_size and not (key in _OPTIONAL_SIZES and value is None):
             raise UserError(f"{path}: {key} = {value!r}; expected a positive integer")
+    # What layers have of their own is listed: a damaged number would take all memory.
+    if values["num_hidden_layers"] > _MOST_LAYERS:
+        raise UserError(
+            f"{path}: num_hidden_layers = {values['num_hidden_layers']}; expected at most"
+            f" {_MOST_LAYERS}"
+        )
     for key in _NUMBERS:
         if type(values[key]) not in (int, float) or not values[key] >= 0:
             raise UserError(f"{path}: {key} = {values[key]!r}; expected a number")
