@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -146,15 +147,17 @@ def _check_weights(source: str, directory: Path, files: Sequence[Path]) -> None:
 def _private_paths(directory: Path, files: Sequence[Path], card: str) -> Iterator[str]:
     """Yield notes on files that name a path of this machine, which readers elsewhere see."""
     # other trainers write where the base or the data lay
-    in_home = rf"{re.escape(str(Path.home()))}/[^\s\"']*"
-    pattern = re.compile(rf"{in_home}|(?<=name_or_path\": \")(?:/|~|\.)[^\"]*")
+    pattern = r"(?<=name_or_path\": \")(?:/|~|\.)[^\"]*"
+    # in a container it may be / or unknown, and then says nothing
+    if user_dir := os.path.expanduser("~").strip("/~"):
+        pattern += rf"|/{re.escape(user_dir)}/[^\s\"']*"
     texts = {CARD: card}
     for file in files:
         # not the words of a vocabulary, which may look like paths
         if file.suffix in (".json", ".yaml") and file.name not in TOKENIZER_FILES:
             texts[str(file)] = (directory / file).read_text(errors="replace")
     for name, text in texts.items():
-        if match := pattern.search(text):
+        if match := re.search(pattern, text):
             yield f"{name} names {match[0]}, a path of this machine"
 
 

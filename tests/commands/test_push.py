@@ -178,6 +178,11 @@ def test_paths_of_this_machine_are_named(tmp_path, monkeypatch, capsys):
     notes = capsys.readouterr().err
     assert "note: config.json names /data/base, a path of this machine" in notes
     assert "note: README.md names /home/me/letters.jsonl., a path of this machine" in notes
+    # as in containers
+    monkeypatch.setenv("HOME", "/")
+    (model / "README.md").write_text("Of https://huggingface.co/org/base.")
+    assert call("push", model, "org/model", "--dry-run") == 0
+    assert "README.md names" not in capsys.readouterr().err
 
 
 def test_the_card_of_a_run_without_its_base_can_be_written(run, capsys):
