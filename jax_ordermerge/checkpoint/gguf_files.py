@@ -9,6 +9,7 @@ import functools
 import glob
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -137,6 +138,16 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     # the library swaps the bytes of numbers, but not of blocks and of BF16
     if reader.byte_order == "S":
         raise UserError(f"{path} is big-endian, which is not supported; give a little-endian file")
+    # one behind the other, as llama.cpp demands: a damaged offset would lead to another tensor
+    expected = 0
+    for tensor in reader.tensors:
+        offset = int(tensor.data_offset - reader.data_offset)
+        if offset != expected:
+            raise UserError(
+                f"{path} is damaged: {tensor.name} lies at byte {offset} of the data, expected"
+                f" {expected}"
+            )
+        expected += math.ceil(tensor.n_bytes / int(reader.alignment)) * int(reader.alignment)
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 

@@ -242,6 +242,20 @@ def test_names_of_any_length_are_read_and_absent_ones_are_not_asked_of_a_hub(tmp
         resolve("models/absent.gguf")
 
 
+def test_offsets_that_lead_to_another_tensor_are_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    write(path, CONFIGS["llama"])
+    content, name = bytearray(path.read_bytes()), b"blk.1.ffn_up.weight"
+    # behind the name: number of dimensions, two of them, type
+    place = content.index(name) + len(name) + 4 + 16 + 4
+    content[place : place + 8] = bytes(8)
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"blk.1.ffn_up.weight lies at byte 0 of the data, expected"
+    ):
+        resolve(str(path))
+
+
 @pytest.mark.parametrize("size", [0, 10, 2000, -100])
 def test_a_file_that_was_cut_off_is_refused(tmp_path, size, cache):
     path = tmp_path / "model.gguf"
