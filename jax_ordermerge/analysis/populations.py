@@ -74,6 +74,7 @@ def population_contrast(
             "at least two are needed"
         )
     sd = float(values.std(ddof=1))
+    # relative, since equal contrasts differ by rounding: divided by that, t would be enormous
     if not sd > 1e-12 * np.abs(values).max():
         raise Undetermined("the contrast is the same in all populations: it has no error")
     estimate, se, freedom = float(values.mean()), sd / float(np.sqrt(values.size)), values.size - 1
@@ -179,6 +180,7 @@ def random_effects(
         return float((share * (y - (share * y).sum() / share.sum()) ** 2).sum())
 
     q, tau2 = cochran(0.0), 0.0
+    # Q is K - 1 on average where only errors differ; below that there is no variance to explain
     if q > freedom:
         # Q falls in tau2. At this upper end it is at most the sum of squares over K times their
         # mean square, and so below K - 1.

@@ -304,6 +304,7 @@ FAMILIES.register(
         norm_placement="both",
         window="by_type",
         full_attention_interval=6,
+        # older files give the interval under this key; Gemma 2 has it in its code
         interval_key="sliding_window_pattern",
         attention_bias=True,
         activation_key="hidden_activation",
@@ -346,6 +347,7 @@ FAMILIES.register(
             partial=True,
             original=4096,
         ),
+        # q, k and v are one matrix in its files, as are gate and up: an adapter is of the whole
         fields={"fused_projections": True},
         # of Phi-4-mini, whose own code reads them
         must_be={"full_attn_mod": (1, None), "interpolate_factor": (1, None)},

@@ -15,6 +15,7 @@ _COLUMNS: Final = (
 )
 
 
+# Between 3.1 and 3.2 only the factor of the rope differs: both stretch the same 8192 positions.
 def _llama_3(factor: float) -> Json:
     return {
         "model_type": "llama",
@@ -66,6 +67,7 @@ def _qwen25(vocab_size: int, positions: int, epsilon: float = 1e-6) -> Json:
     }
 
 
+# Vocabulary and head size are the defaults of the family. Heads times 128 need not be hidden_size.
 def _qwen3(*, tied: bool) -> Json:
     return {
         "model_type": "qwen3",
@@ -85,6 +87,7 @@ def _granite(head_dim: int, logits_scaling: float) -> Json:
         "tie_word_embeddings": True,
         "embedding_multiplier": 12.0,
         "residual_multiplier": 0.22,
+        # not 1 / sqrt(head_dim): the scale of the scores is a number of the file
         "attention_multiplier": 1 / head_dim,
         "logits_scaling": logits_scaling,
     }
@@ -139,6 +142,7 @@ _OLMO_3: Final[Json] = {
         "rope_type": "yarn",
         "factor": 8.0,
         "original_max_position_embeddings": 8192,
+        # 0.1 ln(factor) + 1, the default of YaRN
         "attention_factor": 1.2079441541679836,
     },
 }
@@ -217,6 +221,7 @@ _RELEASES: Final[tuple[tuple[Json, dict[str, tuple[int, ...]]], ...]] = (
     (
         _OLMO_3,
         {
+            # the base has a date in its name; the names of Think and Instruct have none
             "olmo-3-1025-7b": (4096, 11008, 32, 32, 32),
             "olmo-3-7b": (4096, 11008, 32, 32, 32),
             "olmo-3-1125-32b": (5120, 27648, 64, 40, 8),
@@ -225,6 +230,7 @@ _RELEASES: Final[tuple[tuple[Json, dict[str, tuple[int, ...]]], ...]] = (
     ),
     (_GEMMA_2, {"gemma-2-2b": (2304, 9216, 26, 8, 4), "gemma-2-9b": (3584, 14336, 42, 16, 8)}),
     (
+        # 144 is hidden_size / heads: this size does not scale the scores by its head size
         _GEMMA_2 | {"head_dim": 128, "query_pre_attn_scalar": 144},
         {"gemma-2-27b": (4608, 36864, 46, 32, 16)},
     ),
@@ -237,6 +243,7 @@ _RELEASES: Final[tuple[tuple[Json, dict[str, tuple[int, ...]]], ...]] = (
         {"gemma-3-4b": (2560, 10240, 34, 8, 4), "gemma-3-12b": (3840, 15360, 48, 16, 8)},
     ),
     (
+        # 168 is hidden_size / heads, as in Gemma 2 27B
         _gemma_3(262208, 1024, head_dim=128, query_pre_attn_scalar=168, **_LONG_GEMMA_3),
         {"gemma-3-27b": (5376, 21504, 62, 32, 16)},
     ),
@@ -246,6 +253,7 @@ _RELEASES: Final[tuple[tuple[Json, dict[str, tuple[int, ...]]], ...]] = (
     ),
     (_PHI_4, {"phi-4": (5120, 17920, 40, 40, 10)}),
 )
+# Read as a file is, so that the defaults of the family fill what the rows leave out.
 ARCHITECTURES: Final = {
     name: ModelConfig.from_hf(common | dict(zip(_COLUMNS, row, strict=True)), path=name)
     for common, sizes in _RELEASES

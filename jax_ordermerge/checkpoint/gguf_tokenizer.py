@@ -163,6 +163,7 @@ def tokenizer_json(metadata: Mapping[str, Any], path: str) -> Json:
             raise UserError(f"{path}: {_GGML}{key} = {value!r}, but there are {len(tokens)} tokens")
         if key in ("token_type", "scores") and len(value) != len(tokens):
             raise UserError(f"{path}: {_GGML}{key} has {len(value)} values, one per token expected")
+    # the vocabulary of `tokenizer.json` is a mapping: of two equal tokens it would lose one
     places = {token: number for number, token in enumerate(tokens)}
     for number, token in enumerate(tokens):
         if places[token] != number:
@@ -244,6 +245,7 @@ def _assemble(values: Mapping[str, Any], merges: list[Any], *, model: Json, **pa
     # files of one kind of token have no list
     kinds = values.get("token_type") or [_NORMAL] * len(tokens)
     entries = list(zip(range(len(tokens)), tokens, kinds, strict=True))
+    # GGUF has no such flags; `tokenizer_metadata` has a note where writing loses them
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
         {"id": i, "content": token, **flags, "special": kind != _USER_DEFINED}
@@ -365,6 +367,7 @@ def _special_ids(settings: JsonRow, config: ModelConfig, ids: Mapping[str, int])
         content = token.get("content") if isinstance(token, dict) else token
         return ids.get(content) if isinstance(content, str) else None
 
+    # padded: a model has any number of ends, GGUF three keys for them
     ends = (*config.eos_token_ids, None, None, None)
     bos, pad = number("bos"), number("pad")
     numbers = {

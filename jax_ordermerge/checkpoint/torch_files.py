@@ -37,6 +37,7 @@ def open_tensors(path: Path, *, allow_bin: bool = False) -> StoredTensors:
         UserError: there are no such weights, or they cannot be read.
     """
     has_bin = path.suffix == ".bin" and path.is_file()
+    # a directory with both is read as safetensors, which hold no code
     if path.is_dir() and not any(path.glob("*.safetensors*")):
         has_bin = any((path / name).is_file() for name in (SINGLE, INDEX))
     if not has_bin:
@@ -70,6 +71,7 @@ class BinReader:
         for file, names in _files_of(path).items():
             tensors = _load(file)
             if names is not None:
+                # a shard that lacks what the index places in it would leave a hole in the model
                 safetensors.check_shard(self.directory / INDEX, file.name, names, tensors)
             self._tensors |= tensors
             self._files |= dict.fromkeys(tensors, file)
@@ -98,6 +100,7 @@ class BinReader:
         dtype, shape = self.info(name)
         import torch
 
+        # numpy takes no parameter of a module, and a file may hold views in another order
         tensor = self._tensors[name].detach().contiguous()
         # as integers: numpy has no bfloat16, and reads the bits of any dtype
         bits = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -133,6 +136,7 @@ def _load(path: Path) -> dict[str, "torch.Tensor"]:
             f" to run code; install {'.'.join(map(str, _MIN_TORCH))} or later"
         )
     try:
+        # files before PyTorch 1.6 are no zip archives, and cannot be mapped
         tensors = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )

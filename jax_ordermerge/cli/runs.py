@@ -60,6 +60,7 @@ def data(
     if row is not None and order is None:
         refuse_options(context, "--row shows one example", ignored=["rows"])
     selection = command.Selection(rows, row, split, order)
+    # this command runs no model, and importing torch alone takes two seconds
     with tokenizers.without_torch():
         loaded = command.load(read_config(config, overrides))
     if as_json:
@@ -101,6 +102,7 @@ def plan(
     """
     from jax_ordermerge.commands import plan as command
 
+    # the devices of this machine have their slices: the option would change nothing
     if topology is None:
         mode = "it goes with --topology of TPUs, as in v5p:4x4x2"
         refuse_options(context, mode, ignored=["slices"])
@@ -219,6 +221,7 @@ def compare(
     from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.report import comparison
 
+    # `check_outputs` refuses buckets, and this command can write to one
     if remote.address(out) is None:
         check_outputs(out)
     # pages and pictures, which appear together
@@ -354,6 +357,7 @@ def launch(
 
     if list_options:
         refuse_options(context, "--options only lists", ["list_options", "target"])
+        # OPTION=VALUE are arguments, and `refuse_options` looks at options alone
         if options:
             raise UserError(f"{options[0]} would be ignored: --options only lists; leave it out")
         for name, default, meaning in render.describe(target):

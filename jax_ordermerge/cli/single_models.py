@@ -193,6 +193,7 @@ def convert(
         rank=rank,
     )
     typer.echo(f"wrote {remote.address(out) or out}")
+    # the servers whose commands are printed read these formats, and from a disk
     if to in ("hf", "gguf") and remote.address(out) is None:
         serving.print_commands(out)
 
@@ -234,6 +235,7 @@ def push(
     if dry_run:
         command.print_dry_run(upload, repo_id)
         return
+    # on stderr: a script reads the address of the commit, and nothing else, from stdout
     for line in command.describe(upload):
         typer.echo(line, err=True)
     url = command.push(
@@ -295,6 +297,7 @@ def generate(
     from jax_ordermerge.config.evaluation import SMALLEST_TEMPERATURE
     from jax_ordermerge.evaluate.sampling import Sampling
 
+    # a negative temperature has an error of its own, from `Sampling`
     if 0 <= temperature < SMALLEST_TEMPERATURE:
         mode = "without --temperature above 0 nothing is drawn"
         refuse_options(context, mode, ignored=["seed"])
@@ -345,6 +348,7 @@ def judge(
     """
     from jax_ordermerge.commands import judge as command
 
+    # before the first question: replies of a judge may cost money
     check_outputs(out, replies, are_files=True)
     options = command.JudgeOptions(
         endpoint, model, key_variable, max_tokens, temperature, request, workers

@@ -77,6 +77,7 @@ def convert_checkpoint(
         if to != "peft":
             raise UserError(f"--base and --rank go with --to peft, not with --to {to}")
         adapters.check_low_rank(base, rank)
+    # one file: what follows is about directories
     if to == "gguf":
         gguf_files.check_target(out)
         run = _find_member(source, member, ignore)

@@ -223,6 +223,7 @@ def push(
     with _hub_errors(repo_id, api.endpoint):
         # first, since it may fail, and a new repository would stay behind
         text = _with_license(api, upload, log)
+        # None and not False: an organization may make its new repositories private by default
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=update).repo_id
         # a new repository has main alone
         if revision != "main":

@@ -39,6 +39,7 @@ class Part(Section):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "Part":
+        # a slope is that of the members, so it has no model
         if (self.slope is None) == (self.model is None):
             raise ValueError("expected either slope or model")
         if self.slope is not None and (self.rival is not None or self.at == "own"):
@@ -47,8 +48,10 @@ class Part(Section):
             raise ValueError(
                 f"measure = {self.measure!r}: slopes and lambdas are known of the loss alone"
             )
+        # no difference is shown to be 0: equivalence is within a margin, stated before the runs
         if self.test == "equivalent" and self.margin is None:
             raise ValueError("test = 'equivalent': expected a margin")
+        # a claim with a direction does not test equivalence: nothing would read its margin
         if self.test in ("less", "greater") and self.margin is not None:
             raise ValueError(f"margin with test = {self.test!r}: expected two-sided or equivalent")
         return self
@@ -85,11 +88,13 @@ class Hypothesis(Section):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> "Hypothesis":
+        # parts that decide nothing would look like tests
         if (self.decide == "told") == bool(self.parts):
             raise ValueError(
                 f"{self.name}: expected parts to decide by, or decide: told with parts under told"
             )
         pairs = {isinstance(run, tuple) for run in self.runs}
+        # the mean over runs would mix a quantity with differences of it
         if len(pairs) > 1:
             raise ValueError(f"{self.name}: runs: expected names, or pairs of names, and not both")
         for part in (*self.parts, *self.secondary):
@@ -102,6 +107,7 @@ class Hypotheses(Section):
     """The hypotheses of one page, tested in their order until one fails."""
 
     title: str
+    # from one half on, a claim and its opposite could both be significant
     level: float = Field(0.05, gt=0, lt=0.5, description="of each test")
     settings: dict[str, Setting] = Field(
         {}, description="what the configs of all runs have, by dotted key"
@@ -114,6 +120,7 @@ class Hypotheses(Section):
     @pydantic.model_validator(mode="after")
     def _check(self) -> "Hypotheses":
         names = [hypothesis.name for hypothesis in self.hypotheses]
+        # rows of the CSV, and the note about the one that failed, refer to hypotheses by name
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"hypotheses: {', '.join(repeated)} is there twice")
         named = {
@@ -150,5 +157,6 @@ def read_hypotheses(file: str | Path) -> Plan:
     """
     path = Path(file)
     raw = read_yaml(path, "hypotheses", "hypotheses:")
+    # of the bytes: anyone can compare it with sha256sum, and a changed comment shows as well
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Plan(parse(Hypotheses, raw, str(file)), digest, path.name)

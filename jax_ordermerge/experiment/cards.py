@@ -51,6 +51,7 @@ def describe_training(config: Config, dtype: str) -> str:
     if (lora := config.lora) is not None:
         adapters = f" as adapters of rank {lora.rank} and alpha {lora.alpha:g}"
     epochs = f"{training.epochs} epoch{'s' if training.epochs > 1 else ''}"
+    # members are trained in float32, so an export in another dtype has lost digits
     rounding = "" if dtype == "float32" else f"; the tensors here are {dtype}"
     differences = {
         "order": f"in {count} different orders",
@@ -155,6 +156,7 @@ def hub_card(directory: Path, run: RunLayout | None) -> HubCard:
         if results := _results(run, config, directory.name):
             card.data["model_name"] = card.data.get("model_name") or directory.name
             card.data["eval_results"] = [*(card.data.get("eval_results") or ()), *results]
+    # a card that has the recipe in it, as mergekit writes, is left as it is
     if recipe.is_file() and "merge_method:" not in card.text:
         card.text += f"\n## Recipe\n\n```yaml\n{recipe.read_text().strip()}\n```\n"
     return HubCard(str(card), public[0] if public else None, tuple(notes))

@@ -39,6 +39,7 @@ def fits(members: tree.Tree) -> bool:
     """
     leaves = jax.tree.leaves(members)
     devices = {device for leaf in leaves for device in leaf.sharding.device_set}
+    # runs are cut across tensors, which no sharding over several devices follows
     return len(devices) == 1 and sum(leaf.size for leaf in leaves) <= LARGEST
 
 

@@ -466,6 +466,7 @@ def measure_diagnostics(
             checked,
             merged_leaf.dtype,
         )
+        # counting what was redrawn is one more pass over the members, for resampling alone
         tensors = leaf.tensors() if count_redrawn is not None else []
         for layer, name in enumerate(names):
             moments = leaf_moments

@@ -69,6 +69,7 @@ def open_unlisted(sources: Sequence[AnySource], *, allow_bin: bool = False) -> l
             )
         opened.append(source)
     adapters = [source for source in opened if source.config.is_adapter]
+    # an adapter has other tensors than a model, so no name of one would be found in the other
     if len(adapters) not in (0, len(opened)):
         raise references.lone_adapter(adapters[0].label)
     return opened
@@ -413,6 +414,7 @@ def uniform(
     for source in sources:
         if source is not lead:
             check_same(lead, source)
+    # methods may draw one random stream per layer, so a tensor needs the number of its layer
     places = {name: tensor_names.find_place(name, lead.stacks) for name in lead.names}
     outputs = finish_outputs(
         (

@@ -19,6 +19,7 @@ from jax_ordermerge.model.kernels import Kernel
 from jax_ordermerge.model.layers import Form, Linear, Norm, scaled
 from jax_ordermerge.model.rope import Rotation, rotate
 
+# Gemma was trained with the approximation by tanh: the exact GELU would be another model.
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 KeysValues = Sequence[jax.Array] | None
 
@@ -156,6 +157,7 @@ class MLP(nn.Module):
         settings = c.mlp_bias, self.dtype, self.form
         F, axes = c.intermediate_size, ("mlp", "embed")
         if c.fused_projections:
+            # one product as for q, k and v, for the same reasons
             both_BTF = Linear((2 * F,), axes, *settings, name="gate_up")(x_BTD)
             gate_BTF, up_BTF = jnp.split(both_BTF, 2, axis=-1)
         else:
@@ -211,4 +213,5 @@ class Block(nn.Module):
     def _after(self, name: str, change_BTD: jax.Array) -> jax.Array:
         if self.config.norm_placement != "before":
             change_BTD = norm(self.config, self.dtype, name=name)(change_BTD)
+        # after the norm, which would undo a scale
         return scaled(change_BTD, self.config.residual_scale)

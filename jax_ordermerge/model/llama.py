@@ -68,6 +68,7 @@ class Cache(NamedTuple):
 
 def _rotation_indices(config: ModelConfig) -> list[int]:
     """Return the index of each layer's rope among the different ones, in the order of layers."""
+    # not a set: `_rotations` lists the ropes in this order, and the indices count there
     ropes = list(dict.fromkeys(config.layer_ropes))
     return [ropes.index(rope) for rope in config.layer_ropes]
 

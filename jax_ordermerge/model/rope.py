@@ -44,6 +44,7 @@ def rotation(
         long = rope_frequencies(rope, head_dim, is_long=True)[None, None]
         frequencies = jnp.where(is_long_BT[:, :, None], long, frequencies)
     angles = positions_BT[:, :, None] * frequencies
+    # queries and keys are both rotated, so the scores get the square of it
     scale = rope_scale(rope)
     return Rotation(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
@@ -80,6 +81,8 @@ def rope_frequencies(rope: Rope, head_dim: int, *, is_long: bool = False) -> np.
     if rope.kind == "linear":
         return frequencies / np.float32(rope.factor)
     if rope.kind == "llama3":
+        # A dimension that turns often within the original context has seen all of its angles in
+        # training. One that turns less than once would see new ones, so it is slowed down.
         turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
         low, high = rope.low_freq_factor, rope.high_freq_factor
         unscaled = np.clip((turns - low) / (high - low), 0, 1)
@@ -123,9 +126,11 @@ def rope_scale(rope: Rope) -> float:
     """
     if rope.kind not in ("yarn", "longrope"):
         return 1.0
+    # what a file gives goes before the formula, as in transformers
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.kind == "longrope":
+        # a context that is not extended sharpens nothing, as in transformers
         extended = math.log(max(rope.factor, 1))
         return math.sqrt(1 + extended / math.log(rope.original_max_position_embeddings))
 

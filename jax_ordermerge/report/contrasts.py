@@ -215,6 +215,7 @@ def chapter(run: Run) -> list[Block]:
         return []
     rows = []
     for contrast in contrasts(run):
+        # controls are many; the caption names the file that has them
         if contrast.key.control:
             continue
         scale, digits = _scale(contrast.key, run)
@@ -232,6 +233,7 @@ def chapter(run: Run) -> list[Block]:
     return [Heading(f"Over {count} populations", 3), table]
 
 
+# Shares of correct answers are shown in points, losses as they are.
 def _scale(key: Key, run: Run) -> tuple[float, int]:
     return (100, 1) if key.measure in run.tasks else (1, 4)
 
@@ -304,6 +306,7 @@ def run_means(runs: Sequence[Run]) -> list[RunMean]:
     by_run = [{row.key: row for row in contrasts(run)} for run in runs]
     means = []
     for key in by_run[0]:
+        # means over different runs could not be compared with each other
         if key.control or not all(key in rows for rows in by_run):
             continue
         estimates, errors = zip(*(_summary(rows[key]) for rows in by_run), strict=True)
@@ -381,6 +384,7 @@ def run_sentences(runs: Sequence[Run]) -> list[str]:
 
 def _summary(contrast: Contrast) -> tuple[float, float]:
     if isinstance(contrast.over, Missing):
+        # one population has no error but this one; `_error_unit` says so on the page
         first = next(iter(contrast.populations.values()))
         return first.estimate, first.se
     return contrast.over.estimate, contrast.over.se

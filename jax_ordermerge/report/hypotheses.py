@@ -214,6 +214,7 @@ def _test(
     equal = None
     if margin is not None:
         equal = equivalence(size.estimate, size.se, freedom, margin=margin).p
+    # contrasts are of three classes; what pages and tables show is common to them
     plain = Estimate(size.estimate, size.se, size.low, size.high)
     outcome = _outcome(part, plain, freedom, p, equal, margin, level)
     finding = _finding(part, plain, p, equal, level)
@@ -449,6 +450,7 @@ def _deviations(plan: Hypotheses, runs: Sequence[Run]) -> list[str]:
             texts.append(
                 f"Deviation: {run.name} has no results of population {', '.join(missing)}."
             )
+    # said as well: silence would look like a check that was not made
     return texts or ["All runs have the settings that were written down, and all populations."]
 
 

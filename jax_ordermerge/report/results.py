@@ -64,6 +64,7 @@ def write(
         raise UserError(f"--out {out}: expected a file that ends in .md")
     runs = read_runs(directories)
     for run in runs:
+        # all runs before the first file is written: a page about some of them would look complete
         if not (run.evaluations and run.analysis):
             raise UserError(
                 f"the run {run.name} was not analyzed and evaluated; "
@@ -173,6 +174,7 @@ def _overview(runs: Sequence[Run]) -> Table:
                 formatting.number(run.mean_cosine, 3),
             ]
         )
+    # `read_runs` refuses runs of different units, so that one unit stands above each column
     header = ["run", "base", "mean member (sd)", "best member", "best merge"]
     header += ["best merge less mean member", "cosine"]
     caption = (

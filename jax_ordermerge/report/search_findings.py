@@ -86,6 +86,7 @@ def _values(name: str, row: Json) -> str:
     values = [row["candidate"], row["best_member"], row["margin"]]
     if name == LOSS:
         return "loss {} against {} (margin {})".format(*(number(x, 4) for x in values))
+    # the search minimizes shares of wrong answers; readers expect those of right ones
     right = [None if x is None else 100 * (1 - x) for x in values[:2]]
     shares = [*(number(x, 1) for x in right), number(100 * row["margin"], 1)]
     return f"{name} " + "{} % right against {} % (margin {} points)".format(*shares)

@@ -146,6 +146,7 @@ class Candidate:
 
 
 def _short(value: object) -> str:
+    # enough to read; candidates are told apart by `key`, which has all digits
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -206,6 +207,7 @@ class Population:
             UserError: see `check`.
         """
         if candidate.checkpoints is not None:
+            # the averages are members like others: the rest of the candidate is built from them
             last = dataclasses.replace(candidate, checkpoints=None)
             return self.of_checkpoints(candidate.checkpoints).build(last)
         if candidate.method == BASE:
@@ -230,6 +232,7 @@ class Population:
                 parameters=candidate.parameters,
                 scales=scales,
             )
+        # None: too large a population, or a method without a program over runs of elements
         if merged is not None:
             return merged
         return population.merge(

@@ -67,12 +67,14 @@ def compare(
     lines = {**members, **merges}
     chosen = {name: own(line) for name, line in lines.items()}
     at_one = {name: next(x for x in line if x.scale == 1) for name, line in lines.items()}
+    # chosen anew at each length: the best member at 1 need not be the best at its own lambda
     best_at_one = min(members, key=lambda name: at_one[name].validation)
     best_own = min(members, key=lambda name: chosen[name].validation)
     losses_at_one, losses_at_own = (
         {name: points[name].losses for name in merges}
         | {
             BEST_MEMBER: points[best].losses,
+            # by item, so that differences to it stay paired
             MEAN_MEMBER: np.mean([points[name].losses for name in members], axis=0),
         }
         for points, best in ((at_one, best_at_one), (chosen, best_own))
@@ -110,6 +112,7 @@ def compare(
     def describe(name: str) -> Json:
         scales = [point.scale for point in lines[name]]
         point = chosen[name]
+        # at an edge the best lambda may lie beyond those that were tried
         edge = len(scales) > 1 and point.scale in (min(scales), max(scales))
         return {"lambda": point.scale, "control": point.name, "edge": edge}
 

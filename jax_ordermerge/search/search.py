@@ -103,6 +103,7 @@ class _Sums:
             examples: in the order of the subsets.
             sizes: of the nested subsets.
         """
+        # the smallest batch: a pass of every measure has to hold what is measured together
         passes = subsets_by_pass(sizes, min(self._measured[name].batch for name in names))
         starts = [0, *sizes]
         by_pass = {
@@ -217,6 +218,7 @@ def run_search(
         stopped_early = loop.run(sampler, space, seed)
         best = loop.best()
         guard = _make_guard(loop, best, space, measured, sums, validation, unmeasured)
+    # the lowest criterion is not enough: a merge that spoils another measure is not shipped
     winner = best.member if guard.worse else best.leader
     results = [loop.result(number, winner, best.member) for number in range(len(loop.candidates))]
     return SearchResult(

@@ -112,6 +112,7 @@ def _check_token(config: Config) -> Iterator[Finding]:
             "no token for the Hugging Face hub (HF_TOKEN, hf auth login): gated models and data"
             " cannot be read"
         )
+        # a note and no error: public models need no token
         yield Finding("token", "note", detail)
 
 
@@ -200,6 +201,7 @@ def _check_cpu_time(option: OptionPlan) -> Iterator[Finding]:
     # where the number of examples is not known, at least one step per epoch
     steps = option.work.steps or option.spec.training.epochs
     flops = option.work.flops * option.spec.population.total * steps
+    # the speed is that of this process; the others are taken to be as fast
     days = flops / devices.measure_flops() / jax.process_count() / 86400
     if days < _CPU_DAYS:
         return

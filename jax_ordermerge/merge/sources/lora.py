@@ -111,6 +111,7 @@ class LoRA:
         self.label, self.directory = label, directory or base.directory
         # an adapter with a tokenizer of its own may have been trained with another template
         self.prompt_format = PromptFormat() if directory else base.prompt_format
+        # an adapter that was trained with new tokens saves a longer embedding
         config = dataclasses.replace(base.config, vocab_size=rows or base.config.vocab_size)
         self.config = config.with_ends(stops)
 
@@ -185,6 +186,7 @@ class LoRA:
         if name in self._biases:
             values = values + self._biases[name][start : start + size]
         for number, row in zip(*self._trained_rows.get(name, ((), ())), strict=True):
+            # the part of the row that was asked for, which may begin or end within it
             begin = max(number * width, start)
             end = min((number + 1) * width, start + size)
             if begin < end:

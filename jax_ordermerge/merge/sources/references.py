@@ -310,6 +310,7 @@ def open_member(
     record.refuse_edited_config(layout)
     checkpoints = _member_checkpoints(layout, number, label)
     final = storage.final_checkpoint(checkpoints, label, step=step)
+    # by number: a wave holds a part of the members, so its axis need not begin with member 0
     index = final.members.index(number)
     # Only these two sections say how to read a member. The rest of the config is of no concern
     # here, and may be of another version.

@@ -301,6 +301,7 @@ class ZeroBiases:
         """See `Source.info`."""
         if name not in self._added:
             return self.inner.info(name)
+        # one element per output, in the dtype of the matrix that it is added to
         dtype, shape = self.inner.info(name.removesuffix("bias") + "weight")
         return TensorInfo(dtype, shape[:1])
 

@@ -33,6 +33,7 @@ def _generated_samples(run: Run) -> list[Block]:
     if not run.generated_samples:
         return []
     first = run.generated_samples[0]
+    # rounded up, for at most `STEPS_SHOWN` rows
     every = -(-len(run.generated_samples) // STEPS_SHOWN)
     # evenly spaced from the end, so that the last step is among them
     steps = run.generated_samples[::-1][::every][::-1]
@@ -96,6 +97,7 @@ def _shape(analysis: Json) -> list[Block]:
     """Return the omnibus tests, and the sizes of the slopes by the base's loss."""
     blocks: list[Block] = []
     tests = analysis.get("omnibus", [])
+    # a mapping with a reason stands here where the tests are undetermined
     if isinstance(tests, list) and tests:
         rows = [
             [
@@ -167,6 +169,7 @@ def _by_source(sources: Sequence[Json], run: Run) -> list[Block]:
     # a source with one reason for all slopes has it in the first column
     rows = [[*row, *slopes[str(row[0])]] for row in rows]
     width = len(merges) + 4 + max(1, len(names))
+    # rows with a reason in place of slopes are shorter
     rows = [[*row, *[""] * (width - len(row))] for row in rows]
     header = ["source", "samples", "base", "mean member", *merges]
     header += [f"slope, epoch {name}" for name in names] or ["slope"]
@@ -192,6 +195,7 @@ def _by_source(sources: Sequence[Json], run: Run) -> list[Block]:
 
 def _clusters(analysis: Json) -> str:
     """Return what the errors are clustered by, and how much the losses of one step share."""
+    # files of earlier versions have no unit: samples were the only one
     unit = analysis["design"].get("unit", "sample")
     text = "sample and by optimizer step, whichever is larger"
     if unit != "sample":

@@ -158,6 +158,7 @@ def control_blocks(controls: Json, unit: str, chosen: Json | None = None) -> lis
     rows = [row for row in controls["rows"] if row["group"] not in OUTSIDE_THE_TABLE]
     split = controls["split"]
     p_values = [gap["p"] for row in rows for gap in row["against"].values()]
+    # an iterator: `_cells` takes the values in the order of `p_values`
     corrected = iter(holm(p_values))
     cells: list[list[Cell]] = [_cells(row, controls["best_member"], corrected) for row in rows]
     # the mean is no model, and has no paired differences here

@@ -76,6 +76,7 @@ def _position(run: Run) -> Iterator[str]:
         yield f"Position: not determined, {run.analysis['fixed_effects']['reason']}."
         return
     rows = contrasts.slopes(run)
+    # the sentence makes a claim for each epoch, so each pays for all
     corrected = holm([gap.p for _, gap in rows])
     # position 0 is the first step: a negative slope is a higher loss of early samples
     ends: dict[str, list[str]] = {"early": [], "late": [], "": []}
@@ -159,6 +160,7 @@ def shipped(run: Run) -> tuple[str, str]:
     if candidate not in merges:
         return best.name, "because there is no merge that could be chosen without test examples"
     verdicts = _verdicts(merges[candidate], rival)
+    # before the word a verdict has its strength: weakly or clearly
     worse = [measure for measure, word in verdicts.items() if word.endswith("worse")]
     better = [measure for measure, word in verdicts.items() if word.endswith("better")]
     chosen = "the merge of the lowest validation loss" if validated else "which needs no choice"
