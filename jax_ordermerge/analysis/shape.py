@@ -86,6 +86,7 @@ def omnibus(
         if np.abs(regression.within(regressor.position)).max() < 1e-9:
             raise Undetermined("every sample has the same positions in all members")
         numbers = resample.bin_numbers(regressor.position, bins)
+        # a stream by name for each epoch: its test does not depend on which others there are
         generator = np.random.default_rng(
             stream_key_bits(seed, "analysis", "omnibus", regressor.epochs[0])
         )
@@ -97,11 +98,14 @@ def omnibus(
         mean, variance = float(simulated.mean()), float(simulated.var())
         if not variance > 0:
             raise Undetermined("the losses do not vary, or one step has all samples")
+        # c X with X chi-squared on f has mean c f and variance 2 c^2 f: solved for c and f
         scale = variance / (2 * mean)
         statistic, freedom = observed / scale, mean / scale
+        # equal up to rounding is as extreme: sums in another order differ in the last bits
         extreme = int((simulated >= observed * (1 - 1e-9)).sum())
         p = float(stats.chi2.sf(statistic, freedom))
         if extreme >= _COUNTED:
+            # the observed order is one of them, so that p is never 0
             p = (1 + extreme) / (1 + permutations)
         tests.append((regressor.epochs, statistic, freedom, p))
     corrected = holm([p for *_, p in tests])
@@ -160,6 +164,7 @@ def _permuted(
     families: list[_Family], sizes: np.ndarray, permutations: int, generator: np.random.Generator
 ) -> Iterator[np.ndarray]:
     """Yield the statistic under permutations, blocks of [P]."""
+    # in blocks, so that memory does not grow with the number of permutations
     block = max(1, resample.BLOCK // families[0].totals.shape[1])
     for start in range(0, permutations, block):
         count = min(block, permutations - start)
@@ -193,6 +198,7 @@ def explained(losses: np.ndarray, positions: np.ndarray, *, bins: int) -> Explai
             raise Undetermined("every sample has the same positions in all members")
         lines.append(regressor.position)
         numbers = resample.bin_numbers(regressor.position, bins)
+        # without the first bin, which the others determine together with the level of a member
         dummies += [(numbers == u).astype(np.float64) for u in range(1, int(numbers.max()) + 1)]
     total = float((values**2).sum())
     if not total > 1e-20:
@@ -209,6 +215,7 @@ def explained(losses: np.ndarray, positions: np.ndarray, *, bins: int) -> Explai
         fitted = float(score @ np.linalg.pinv(gram, hermitian=True) @ score)
         if freedom - rank < 1:
             raise Undetermined(f"{samples} samples are too few for {rank} parameters")
+        # adjusted: bins have more parameters than lines, and would explain more by these alone
         return 1 - (total - fitted) / (freedom - rank) / (total / freedom)
 
     return Explained(float(np.sqrt(total / freedom)), share(lines), share(dummies))
@@ -230,6 +237,7 @@ def by_base_loss(
     Returns:
         Quarters on which the slopes are undetermined are left out.
     """
+    # by rank: quantiles would put all equal losses into one quarter
     rank = np.argsort(np.argsort(base, kind="stable"), kind="stable")
     effects = []
     for quartile in range(4):

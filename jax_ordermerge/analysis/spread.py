@@ -68,7 +68,7 @@ def spread(losses: ArrayLike, weights: np.ndarray | None = None) -> Spread:
         raise Undetermined("a spread needs two models and two items")
     count = len(values)
     sd = float(np.average(values, axis=1, weights=weights).std(ddof=1))
-    # chi-squared of the variance on M - 1
+    # (M - 1) s^2 / sigma^2 is chi-squared on M - 1, so its upper tail gives the lower bound
     low, high = (
         sd * float(np.sqrt((count - 1) / stats.chi2.ppf(tail, count - 1))) for tail in TAILS[::-1]
     )

@@ -298,6 +298,7 @@ FAMILIES.register(
             **_GEMMA,
             "vocab_size": 262208,
             "max_position_embeddings": 131072,
+            # no caps as in Gemma 2: norms of q and k bound the scores
             "final_logit_softcapping": None,
         },
         qk_norm="per_head",

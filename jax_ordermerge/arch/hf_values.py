@@ -86,12 +86,14 @@ def read_no_rope_layers(values: JsonRow, path: str) -> tuple[int, ...]:
     layers: int = values["num_hidden_layers"]
     has_rope, interval = values.get("no_rope_layers"), values.get("no_rope_layer_interval")
     if has_rope is None:
+        # the default of transformers
         interval = 4 if interval is None else interval
         if type(interval) is not int or interval < 1:
             raise UserError(
                 f"{path}: no_rope_layer_interval = {interval!r}; expected a positive integer"
             )
         return tuple(range(interval - 1, layers, interval))
+    # against its name, the key has a 1 where a layer has a rope
     flags = isinstance(has_rope, list | tuple) and all(flag in (0, 1) for flag in has_rope)
     if not flags or len(has_rope) < layers:
         raise UserError(

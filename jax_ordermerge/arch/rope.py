@@ -290,6 +290,7 @@ def to_hf(
     result: Json = {"rope_theta": rope.theta, "rope_scaling": None, "rope_parameters": parameters}
     if sliding_rope is not None:
         sliding = {**sliding_rope.to_hf(), "rope_theta": sliding_rope.theta}
+        # in OLMo 3 both ropes read one key, which is there already
         result.setdefault((sliding_keys or keys).theta_key, sliding_rope.theta)
         result["rope_parameters"] = dict(zip(LAYER_TYPES, (parameters, sliding), strict=True))
     if keys.partial:
@@ -342,6 +343,7 @@ def _parse(
             f"{where}: rope type '{name}' is not supported (supported: {', '.join(keys.kinds)})"
         )
     kind = keys.kinds[name]
+    # its ramp divides by the logarithm of theta
     if kind == "yarn" and read["theta"] <= 1:
         raise UserError(
             f"{where}: rope_theta = {read['theta']:g}; expected more than 1 for type 'yarn'"
@@ -353,6 +355,7 @@ def _parse(
     # A partial rotary factor of 1 rotates every dimension, which is what the model does.
     neutral = {"rope_theta", "rope_type", "type", "finetuned", *read, *ignore}
     if kind == "longrope":
+        # derived from the two lengths, and compared with them below
         neutral.add("factor")
     for key, value in values.items():
         if key not in neutral | {*required, *optional} and (key, value) != (_PARTIAL, 1):

@@ -67,6 +67,7 @@ def check_writable(target: str | Path, *, is_file: bool = False) -> None:
     path = Path(target).absolute()
     if not is_utf8(str(path)):
         raise UserError(f"{str(target)!r} is not UTF-8; give another path")
+    # the nearest part of the path that exists decides: what is below it will be created
     for place in (path, *path.parents):
         try:
             is_directory = stat.S_ISDIR(place.stat().st_mode)
@@ -226,6 +227,7 @@ def _lock(directory: Path) -> Iterator[None]:
     """Hold the lock of a directory. The system releases it with the process, however that ends."""
     handle = os.open(directory, os.O_RDONLY)
     try:
+        # refused and not waited for: the other process may take hours
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:

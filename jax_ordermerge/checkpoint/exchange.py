@@ -151,6 +151,7 @@ def load(
     return array
 
 
+# One program for all tensors of a shape and sharding.
 @functools.cache
 def _insert_program(
     abstract: jax.ShapeDtypeStruct, staging: Staging, stacked: bool
@@ -168,6 +169,7 @@ def _insert_program(
                 part = jax.lax.all_to_all(part, names, dimension, 0, tiled=True)
         if replicas:
             part = jax.lax.all_gather(part, replicas, axis=0, tiled=True)
+        # behind the rows is what the last devices were padded with
         part = part[: shape[0] // staging.groups]
         part = jax.lax.bitcast_convert_type(part, array.dtype)
         start = [jnp.int32(0)] * array.ndim

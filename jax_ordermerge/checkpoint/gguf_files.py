@@ -338,6 +338,7 @@ def _announce(writer: Any, name: str, shape: tuple[int, ...], type_: str) -> Non
     gguf = gguf_metadata.library()
     kind = gguf.GGMLQuantizationType[type_]
     block, size = gguf.GGML_QUANT_SIZES[kind]
+    # bytes in the file, where a block of a quantized type is shorter than its elements
     count = int(np.prod(shape)) // block * size
     writer.add_tensor_info(name, shape, np.dtype(np.float32), count, raw_dtype=kind)
 

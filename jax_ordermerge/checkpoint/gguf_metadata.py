@@ -257,6 +257,7 @@ def _llama3_of(factors: np.ndarray, raw: JsonRow, path: str) -> Json | None:
         rope = Rope(
             theta=raw["rope_theta"],
             kind="llama3",
+            # the slowest frequencies are divided by all of it
             factor=float(factors.max()),
             original_max_position_embeddings=length,
         )
@@ -347,6 +348,7 @@ def rotary_heads(hf_name: str, config: ModelConfig) -> int:
     """Return the number of heads whose rows are interleaved in GGUF; 0 for other tensors."""
     if not architecture(config.family).permuted:
         return 0
+    # q and k alone are rotated: the rows of v stay in their order
     if ".q_proj." in hf_name:
         return config.num_heads
     return config.num_kv_heads if ".k_proj." in hf_name else 0

@@ -307,5 +307,6 @@ def _place(examples: Examples, row: int) -> Json:
         "row": number,
         "file": file,
         "tokens": sum(len(part.tokens[row]) for part in examples.parts),
+        # the first token is predicted from nothing, so it is not learned
         "learned": sum(int(part.answers[row][1:].sum()) for part in examples.parts),
     }

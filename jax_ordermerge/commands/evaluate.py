@@ -309,6 +309,7 @@ def load_model(config: Config, log: Log = print, *, allow_bin: bool = False) -> 
     tokenizer = tokenizers.load_tokenizer(source.directory)
     form = source.prompt_format
     if form.chat_template is not None:
+        # a model is asked in the template of its training, whatever its tokenizer files have
         tokenizer.chat_template = form.chat_template
     # a member reads the date that it was trained with
     date = dates.pin_date(tokenizer, config.data.date, recorded=form.date)

@@ -115,6 +115,7 @@ def _list_files(directory: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
             # of a directory that is left out as a whole, such as .git, the name alone
             is_part = name.parts[0] in models or name.parts[0].startswith(".")
             left_out.append(f"{name.parts[0]}/" if is_part and len(name.parts) > 1 else str(name))
+    # the card is apart: what is uploaded may say more than the file here
     return tuple(x for x in files if str(x) != CARD), tuple(dict.fromkeys(left_out))
 
 
@@ -155,6 +156,7 @@ def _private_paths(directory: Path, files: Sequence[Path], card: str) -> Iterato
     for file in files:
         # not the words of a vocabulary, which may look like paths
         if file.suffix in (".json", ".yaml") and file.name not in TOKENIZER_FILES:
+            # what is not UTF-8 is uploaded as it is, and searched all the same
             texts[str(file)] = (directory / file).read_text(errors="replace")
     for name, text in texts.items():
         if match := re.search(pattern, text):

@@ -142,6 +142,7 @@ class Objects:
         else:
             shared, entry = self._describe_instance(value)
         self._count += 1
+        # by sign: each side numbers its objects without asking the other
         key = self._count if self._connection.guarded else -self._count
         self._objects[key], self._keys[id(value)] = value, key
         if entry[0] == "opaque":
@@ -258,6 +259,7 @@ class Objects:
 
     def _add(self, key: int, kind: str, description: JsonValue) -> None:
         value: Value
+        # otherwise a program could put an object in the place of one of the tests
         if key in self._objects or (key > 0) == self._connection.guarded:
             raise ValueError(f"{key} is not a new key of the other side")
         if kind == "class":

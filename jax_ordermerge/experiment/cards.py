@@ -138,6 +138,7 @@ def hub_card(directory: Path, run: RunLayout | None) -> HubCard:
         for name in bases
         if name not in public
     ]
+    # only where a name is left out: otherwise the author's own form of the key stays
     if public != bases:
         card.data["base_model"] = public or None
         if not public:

@@ -40,6 +40,7 @@ def weights(kind: CheckpointWeights, count: int) -> np.ndarray:
     # How much each update counts: from w_0 = 1, of what was there before, to w_count = 0. Within
     # the steps between two checkpoints all updates count alike.
     shares = 1 - np.sqrt(np.arange(count + 1) / count)
+    # c_j = w_j - w_(j + 1), which undoes the sum in the docstring of the module
     return shares[:-1] - shares[1:]
 
 
@@ -94,6 +95,7 @@ def average(models: Iterable[Tree], shares: np.ndarray, dtype: str) -> Tree:
     return _cast(total, dtype=dtype)
 
 
+# Both give up their first argument: a sum of large models never stands beside a copy of itself.
 @partial(jax.jit, donate_argnums=0)
 def _scale(model: Tree, share: jax.Array) -> Tree:
     return jax.tree.map(lambda x: x * share.astype(x.dtype), model)

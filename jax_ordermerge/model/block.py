@@ -128,6 +128,7 @@ def norm(
 
 
 def _select(rotations: Sequence[Rotation], index: jax.Array | None) -> Rotation:
+    # one rope for all layers of the scan, so there is nothing to choose
     if index is None:
         (rotation,) = rotations
         return rotation

@@ -55,6 +55,7 @@ def members_table(runs: Sequence[Run]) -> list[Block]:
         curves = [(x.controls or {}).get("subsets") or {} for x in (run, *run.populations)]
         for method in curves[0]:
             points = [curve[method]["points"] for curve in curves if method in curve]
+            # a mean over the populations that happen to have it would be another quantity
             if len(points) < len(curves):
                 continue
             gains: dict[int, list[float]] = {}

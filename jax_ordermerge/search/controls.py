@@ -108,6 +108,7 @@ def make_controls(
         for x in sorted((1.0, *LAMBDAS)):
             scaled = dataclasses.replace(selections[name], scale=x)
             add(f"{name}, lambda {x:g}", "lambda_selections", scaled, x, line=name)
+    # all that follow need a second member
     if members == 1:
         return controls
     if selections:

@@ -337,6 +337,7 @@ def write(task: ProgramTask, rows: Sequence[JsonRow], model: EvalModel, *, seed:
     """
     from jax_ordermerge.evaluate.sampling import Sampling  # imports JAX
 
+    # cut after the shots are taken out: the limit counts problems that are asked
     problems = PROBLEMS[task.kind](rows)[: task.limit]
     if not problems:
         raise UserError(f"evaluation task {task.name} has no problems, check its data and limit")

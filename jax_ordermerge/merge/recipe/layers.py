@@ -63,6 +63,7 @@ def layer_ranges(recipe: Recipe, models: Inputs) -> list[LayerRange]:
             inputs.append(Input(source, start, entry.parameters))
             lengths.append(end - start)
         base_model = recipe.base_model if part.base_model is None else part.base_model
+        # without a layer_range of its own nobody knows which layers of the base belong to the slice
         used = {models.indices[entry.model] for entry in part.sources}
         if base_model is not None and models.indices.get(base_model) not in used:
             raise UserError(
@@ -112,6 +113,7 @@ def _layer_range(
                 f"{label} gives {length} layers and {labels[0]} {lengths[0]};"
                 " layers are merged one with one"
             )
+    # 0 layers where they are not known yet: names and parameters are checked without them
     return LayerRange(
         tuple(inputs), None if base is None else sources.index(base), lengths[0] or 0, scopes
     )

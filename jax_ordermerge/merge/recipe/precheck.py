@@ -32,6 +32,7 @@ def check(recipe: Recipe, where: str) -> None:
     references = recipe.references()
     spellings: dict[tuple[str, ...], Reference] = {}
     for reference in references:
+        # messages have the first spelling, under which the user will find the model
         spellings.setdefault(_identify(reference), reference)
     keys, labels = list(spellings), [str(reference) for reference in spellings.values()]
     indices = {reference: keys.index(_identify(reference)) for reference in references}
@@ -52,6 +53,7 @@ def check(recipe: Recipe, where: str) -> None:
             )
     chat_templates.check(recipe.chat_template)
     dtype = recipe.out_dtype or recipe.dtype
+    # None is the dtype of the members, which are not open yet: the planner checks again
     if dtype is not None:
         check_rounding(recipe, dtype, where)
 

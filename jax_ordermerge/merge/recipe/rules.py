@@ -293,6 +293,7 @@ MERGEKIT: dict[str, Rule] = {
     ),
     "passthrough": Rule(
         "passthrough",
+        # the first and only one: passthrough copies one model
         lambda values: Call({"scale": values.per_member["scale"][0]}),
         {"scale": _number()},
         base="member",
@@ -363,6 +364,7 @@ def convert(parameter: Parameter, value: bool | int | float | str) -> bool | int
         if parameter.kind == "rescaling" and isinstance(value, str):
             return value
         raise ValueError("expected true or false")
+    # true is 1 in Python: a switch would pass for a number
     if isinstance(value, bool | str):
         raise ValueError("expected a number")
     if parameter.kind == "integer" and not float(value).is_integer():

@@ -85,6 +85,7 @@ def public_name(model: str) -> PublicName:
         real = run_layout.merged(real.name)
     if (run := _run_of(real)) is not None:
         return PublicName(str(real.relative_to(run.parent)), "run")
+    # OWNER/NAME has one slash; what has more is a path, though it may be gone
     if not (path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1):
         return PublicName(model, "hub")
     cache = real.parents[1].name if real.parent.name == "snapshots" else ""

@@ -48,6 +48,7 @@ def table(runs: Sequence[Run]) -> Table | None:
 def _losses(run: Run, names: Sequence[str]) -> list[Cell]:
     items = [run.items[name] for name in names]
     empty: list[Cell] = ["–", "–", "–"]
+    # models that saw different items differ by these, too
     if not items[0].get("losses") or any(item["ids"] != items[0]["ids"] for item in items):
         return empty
     values = np.array([item["losses"] for item in items], np.float64)
