@@ -179,7 +179,10 @@ def test_the_average_of_the_run_as_one_adapter(run, folder, tmp_path, capsys):
             ["BASE", "OUT", "--to", "hf", "--base", "BASE", "--rank", 4],
             "--base and --rank go with --to peft",
         ),
-        (["RUN", "OUT", "--to", "lora", "--member", 0], "--to lora: expected hf, orbax or peft"),
+        (
+            ["RUN", "OUT", "--to", "lora", "--member", 0],
+            "--to lora: expected hf, orbax, peft or gguf",
+        ),
     ],
 )
 def test_what_cannot_be_exported(run, folder, tmp_path, capsys, arguments, message):
