@@ -308,7 +308,11 @@ def _keys(
     # as a directory would have it: with the chat template of the training, without its marks
     with tempfile.TemporaryDirectory() as directory:
         sidecar_files.copy_tokenizer(tokenizer_from, Path(directory), chat_template)
-        tokenizer, notes = gguf_tokenizer.tokenizer_metadata(Path(directory), config)
+        try:
+            tokenizer, notes = gguf_tokenizer.tokenizer_metadata(Path(directory), config)
+        except UserError as error:
+            # the user knows the file that was copied, not the copy
+            raise UserError(str(error).replace(directory, str(tokenizer_from))) from error
     return keys | tokenizer, notes
 
 

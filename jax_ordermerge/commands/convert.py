@@ -66,8 +66,7 @@ def convert_checkpoint(
         UserError: an unknown target or dtype, options that do not go together, a source of another
             kind or of several dtypes, or a member that does not exist.
     """
-    if to not in TARGETS:
-        raise UserError(f"--to {to}: expected {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
+    _check_target(out, to)
     dtypes = (*gguf_files.TYPES,) if to == "gguf" else DTYPES
     if dtype is not None and dtype not in dtypes:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(dtypes)}")
@@ -114,6 +113,14 @@ def convert_checkpoint(
             _write_hf(model, target, dtype, _card(source, run, model, dtype))
         else:
             _write_orbax(model, target, dtype)
+
+
+def _check_target(out: Path, to: str) -> None:
+    if to not in TARGETS:
+        raise UserError(f"--to {to}: expected {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
+    # a directory of that name would be taken for a file when it is read
+    if to != "gguf" and out.suffix == gguf_files.SUFFIX:
+        raise UserError(f"{out}: --to {to} writes a directory; for a GGUF file add --to gguf")
 
 
 def _find_member(

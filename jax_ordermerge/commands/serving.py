@@ -10,11 +10,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from jax_ordermerge.checkpoint import gguf_files, gguf_metadata
+from jax_ordermerge.checkpoint import gguf_files, gguf_metadata, gguf_tokenizer, sidecar_files
+from jax_ordermerge.checkpoint.convert import load_config
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
 
 # Files of which one is enough for an engine to turn text into tokens.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_QUICKLY_COMPARED = 2**18  # bytes of a tokenizer
 # Classes whose directories `ollama create` converts itself. It takes all others as GGUF files.
 _OLLAMA = {
     "LlamaForCausalLM",
@@ -57,7 +60,8 @@ def serving_lines(directory: Path) -> list[str]:
         return [f"no engine can serve {directory}: {', '.join(lacking)}"]
     path, name = shlex.quote(str(directory)), directory.resolve().name
     gguf, config = shlex.quote(f"{name}.gguf"), _read(directory / "config.json")
-    if config.get("model_type") in gguf_metadata.ARCHITECTURES:
+    is_ours = config.get("model_type") in gguf_metadata.ARCHITECTURES
+    if is_ours:
         convert = f"ordermerge convert {path} {gguf} --to gguf"
     else:
         # a script of its repository, not of a package
@@ -70,14 +74,29 @@ def serving_lines(directory: Path) -> list[str]:
         f"  vllm serve {path}",
         f"  python -m sglang.launch_server --model-path {path}",
         f"  transformers serve {path}",
-        f"  {convert} && llama-server -m {gguf}",
-        create,
     ]
+    if not is_ours or _has_gguf_tokenizer(directory):
+        lines += [f"  {convert} && llama-server -m {gguf}", create]
+    else:
+        lines.append("llama.cpp and Ollama cannot serve it: GGUF has no tokenizer like its own.")
     if not has_chat_template(directory):
         lines.append(
             "It has no chat template: ask under /v1/completions, not /v1/chat/completions."
         )
     return lines
+
+
+def _has_gguf_tokenizer(directory: Path) -> bool:
+    """Return whether GGUF can hold a tokenizer, as far as that is quickly known."""
+    file = directory / sidecar_files.TOKENIZER
+    # One of many tokens takes seconds to compare. Those are mostly published, and GGUF has them.
+    if not file.is_file() or file.stat().st_size > _QUICKLY_COMPARED:
+        return True
+    try:
+        gguf_tokenizer.tokenizer_metadata(directory, load_config(directory))
+    except UserError:
+        return False
+    return True
 
 
 def _ollama(path: Path, name: str) -> str:

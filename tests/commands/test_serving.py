@@ -3,10 +3,14 @@
 import json
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
+import tokenizers
+import transformers
+from tokenizers import models, pre_tokenizers
 
 from jax_ordermerge.commands.serving import serving_lines
 from tests.commands.test_cli import call
@@ -15,7 +19,20 @@ from tests.experiment import tiny
 
 @pytest.fixture
 def model(tmp_path):
-    return tiny.make_base(tmp_path / "my model")
+    """A model whose tokenizer has bytes, as GGUF can hold them."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    places = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    bpe = tokenizers.Tokenizer(models.BPE(places, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
+    return tiny.make_base(tmp_path / "my model", tokenizer=fast, vocab_size=len(places))
+
+
+def test_a_tokenizer_that_gguf_cannot_hold_is_told_in_place_of_commands(tmp_path):
+    lines = serving_lines(tiny.make_base(tmp_path / "words"))
+    assert "llama.cpp and Ollama cannot serve it" in lines[4]
+    assert not any("--to gguf" in line or "ollama create" in line for line in lines)
 
 
 def test_commands_name_the_directory(model):
@@ -96,7 +113,7 @@ def test_transformers_takes_the_directory_as_written():
 
 
 def test_a_merge_ends_with_them(model, capsys):
-    out, other = model.with_name("merged"), tiny.make_base(model.with_name("other"), seed=1)
+    out, other = model.with_name("merged"), shutil.copytree(model, model.with_name("other"))
     assert call("merge", "--method", "linear", "--out", out, model, other) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1] == f"wrote {out}"
