@@ -6,10 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from jax_ordermerge.arch import FAMILIES, ModelConfig
+from jax_ordermerge.arch import FAMILIES, ModelConfig, rope_frequencies, rope_scale
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.model.rope import rope_frequencies, rope_scale
 
 transformers = pytest.importorskip("transformers")
 

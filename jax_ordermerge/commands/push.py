@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jax_ordermerge import record
 from jax_ordermerge.checkpoint import json_files, other_files, remote
 from jax_ordermerge.checkpoint.sidecar_files import CARD, GENERATION, RECIPE, TOKENIZER_FILES
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import UserError, first_line
 from jax_ordermerge.experiment import cards
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.merge import manifest
@@ -325,7 +325,7 @@ def _reason(error: BaseException) -> str:
     if response is not None:
         message = getattr(error, "server_message", None)
         return f"HTTP {response.status_code}{f' ({message})' if message else ''}"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def print_dry_run(upload: Upload, repo_id: str) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jax_ordermerge import mesh, tree
+from jax_ordermerge import mesh as meshes
+from jax_ordermerge import tree
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
@@ -166,7 +167,7 @@ def compile_generation(
         eos_ids=jax.ShapeDtypeStruct((len(config.eos_token_ids) or 1,), jnp.int32),
     )
     options = _Options(
-        config, max_new_tokens, jnp.dtype(dtype), GREEDY, mesh.devices.flat[0].platform == "cpu"
+        config, max_new_tokens, jnp.dtype(dtype), GREEDY, meshes.platform(mesh) == "cpu"
     )
     params = convert.abstract_params(config, mesh, dtype=params_dtype)
     return _decode.lower(options, params, prompts, members=0).compile()
@@ -347,9 +348,9 @@ def _decode(
     if members:
         # Without `jax.set_mesh` the members are on one device, one after another.
         current = jax.sharding.get_abstract_mesh()
-        decode = mesh.map_members(decode, mesh.make_mesh() if current.empty else current)
+        decode = meshes.map_members(decode, meshes.make_mesh() if current.empty else current)
     # Replicated, so that every process can read all results.
-    return jax.tree.map(lambda x: mesh.constrain(x, *[None] * x.ndim), decode(params, prompts))
+    return jax.tree.map(lambda x: meshes.constrain(x, *[None] * x.ndim), decode(params, prompts))
 
 
 def _decode_member(
@@ -357,7 +358,7 @@ def _decode_member(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     config, max_new_tokens, dtype, sampling, cpu = options
     params = _cast(config, params, dtype)
-    tokens_BT = mesh.constrain(jnp.asarray(prompts.tokens_BT), "batch", None)
+    tokens_BT = meshes.constrain(jnp.asarray(prompts.tokens_BT), "batch", None)
     lengths_B = jnp.asarray(prompts.lengths_B)
     B, T = tokens_BT.shape
     real_B = lengths_B > 0
@@ -382,10 +383,10 @@ def _decode_member(
             "VD,BD->VB", table_VD, x_B1D[:, 0], preferred_element_type=jnp.float32
         )
         logits_VB = layers.capped(logits_VB, config.logit_softcap)
-        logits_BV = mesh.constrain(logits_VB, "vocab", "batch").T
+        logits_BV = meshes.constrain(logits_VB, "vocab", "batch").T
         # top_p sorts the vocabulary, and XLA's partitioner crashes on sorting a sharded axis.
         if not sampling.is_greedy:
-            logits_BV = mesh.constrain(logits_BV, "batch", None)
+            logits_BV = meshes.constrain(logits_BV, "batch", None)
         key_bits_B2, eos_ids = jnp.asarray(prompts.key_bits_B2), jnp.asarray(prompts.eos_ids)
         token_B = next_token(logits_BV, key_bits_B2, state.step, sampling)
         # NaN would be taken for the largest logit, and its token, the first, often ends a text.
@@ -395,7 +396,7 @@ def _decode_member(
         new_BT = jax.lax.dynamic_update_slice(state.new_BT, token_B[:, None], (0, state.step))
         # The groups of `order` run one program: were one to leave the loop before the others, its
         # devices would miss the collectives inside of it. So all groups end the loop together.
-        running = mesh.any_member(~done_B.all())
+        running = meshes.any_member(~done_B.all())
         counts_B = state.counts_B + ~done_B
         return _State(
             state.cache, state.step + 1, token_B, new_BT, counts_B, done_B, finite_B, running

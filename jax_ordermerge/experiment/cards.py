@@ -4,20 +4,19 @@ The card of an export is written beside it. For a hub it gets what only a hub sh
 """
 
 import contextlib
-import importlib.resources
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from jax_ordermerge.checkpoint import json_files, remote, sidecar_files
-from jax_ordermerge.checkpoint.resolve import is_on_hub
+from jax_ordermerge.checkpoint.resolve import assets_directory, is_on_hub
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.data import list_sources
 from jax_ordermerge.data import listing
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.data.prompt_format import PromptFormat
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import UserError, first_line
 from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.json_types import Json, JsonRow
 from jax_ordermerge.layout import RunLayout, member_name, read_json
@@ -212,8 +211,9 @@ def _parse(text: str) -> "ModelCard":
     try:
         return ModelCard(text)
     except Exception as error:  # of YAML, or of the keys: each library raises its own
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the metadata of {sidecar_files.CARD} cannot be read: {line}") from error
+        raise UserError(
+            f"the metadata of {sidecar_files.CARD} cannot be read: {first_line(error)}"
+        ) from error
 
 
 def _check_adapter(directory: Path) -> None:
@@ -235,10 +235,10 @@ def _known_license(bases: list[str], config: Config | None) -> Json:
     if config is not None:
         # Not by `resolve`: it would fetch a bucket, convert a GGUF file, or miss a base that is
         # no longer there.
-        base, assets = config.model.base, importlib.resources.files("jax_ordermerge") / "assets"
+        base = config.model.base
         directory = remote.expand(base)
         if base.startswith("embedded:"):
-            directory = Path(str(assets)) / base.removeprefix("embedded:")
+            directory = assets_directory() / base.removeprefix("embedded:")
         paths.append(str(directory / sidecar_files.CARD))
     for path in paths:
         # what is known to be absent is an object of its own

@@ -7,6 +7,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_ordermerge import config
+from jax_ordermerge import mesh as meshes
 from jax_ordermerge.errors import UserError
 
 Options = dict[str, str | bool]  # as jax takes them
@@ -68,7 +69,7 @@ def resolve(model: config.Model, mesh: Mesh) -> Options:
         ... )
         {'xla_llvm_disable_expensive_passes': True, 'xla_allow_excess_precision': False}
     """
-    check_preset(model, mesh.devices.flat[0].platform)
+    check_preset(model, meshes.platform(mesh))
     options: Options = {}
     if model.compiler_preset is not None:
         options |= PRESETS[model.compiler_preset].options
@@ -118,6 +119,6 @@ def check(model: config.Model, mesh: Mesh) -> None:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
         raise UserError(
-            f"model.compiler_options: the compiler of {mesh.devices.flat[0].platform} (jax"
+            f"model.compiler_options: the compiler of {meshes.platform(mesh)} (jax"
             f" {jax.__version__}) does not accept them: {reason}; leave the option out"
         ) from error

@@ -5,9 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
-import transformers
-from tokenizers import models, pre_tokenizers
 
 from jax_ordermerge.checkpoint import safetensors
 from jax_ordermerge.checkpoint.resolve import resolve
@@ -23,13 +20,7 @@ pytest.importorskip("gguf", reason="needs the extra gguf")
 def base(tmp_path, monkeypatch):
     """A model whose tokenizer has bytes, the tokens of `tiny` and nothing else."""
     monkeypatch.setenv("ORDERMERGE_CACHE", str(tmp_path / "cache"))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    places = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    bpe = tokenizers.Tokenizer(models.BPE(places, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
-    return tiny.make_base(tmp_path / "base", tokenizer=fast, vocab_size=len(places))
+    return tiny.make_base(tmp_path / "base", **tiny.byte_tokenizer())
 
 
 def test_a_model_goes_out_and_comes_back(base, tmp_path, capsys):

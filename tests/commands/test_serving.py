@@ -8,9 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import tokenizers
-import transformers
-from tokenizers import models, pre_tokenizers
 
 from jax_ordermerge.commands.serving import serving_lines
 from tests.commands.test_cli import call
@@ -20,13 +17,7 @@ from tests.experiment import tiny
 @pytest.fixture
 def model(tmp_path):
     """A model whose tokenizer has bytes, as GGUF can hold them."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    places = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    bpe = tokenizers.Tokenizer(models.BPE(places, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
-    return tiny.make_base(tmp_path / "my model", tokenizer=fast, vocab_size=len(places))
+    return tiny.make_base(tmp_path / "my model", **tiny.byte_tokenizer())
 
 
 def test_a_tokenizer_that_gguf_cannot_hold_is_told_in_place_of_commands(tmp_path):

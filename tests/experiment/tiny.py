@@ -29,6 +29,22 @@ def make_tokenizer():
     )
 
 
+def byte_tokenizer() -> dict:
+    """Return settings of `make_base` for a tokenizer whose tokens are bytes: one that GGUF has."""
+    import tokenizers
+    import transformers
+
+    level = tokenizers.pre_tokenizers.ByteLevel
+    tokens = ["<pad>", "<s>", "</s>", *sorted(level.alphabet())]
+    bpe = tokenizers.Tokenizer(
+        tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, [])
+    )
+    bpe.pre_tokenizer = level(add_prefix_space=False)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
+    return {"tokenizer": fast, "vocab_size": len(tokens)}
+
+
 def make_base(directory: pathlib.Path, seed: int = 0, tokenizer=None, **change) -> pathlib.Path:
     fast = tokenizer or make_tokenizer()
     files = directory.with_name(directory.name + "-tokenizer")
