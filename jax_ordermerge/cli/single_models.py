@@ -233,7 +233,9 @@ def push(
         raise UserError("--private is for a new repository; of one that exists it changes nothing")
     upload = command.prepare(source)
     if dry_run:
-        command.print_dry_run(upload, repo_id)
+        command.print_dry_run(
+            upload, repo_id, private=private, update=update, revision=revision, message=message
+        )
         return
     # on stderr: a script reads the address of the commit, and nothing else, from stdout
     for line in command.describe(upload):

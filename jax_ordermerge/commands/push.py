@@ -84,6 +84,8 @@ def _find_directory(source: str) -> Path:
     path = references.find_merge(source)
     if path is None:
         path = remote.fetch(source) if remote.address(source) else remote.expand(source)
+    if path.is_file():
+        raise UserError(f"{source} is a file; give the directory of a model, or RUN/average")
     if not path.is_dir():
         raise UserError(f"{source} not found; give the directory of a model, or RUN/average")
     layout = RunLayout(path.resolve())
@@ -328,10 +330,13 @@ def _reason(error: BaseException) -> str:
     return first_line(error)
 
 
-def print_dry_run(upload: Upload, repo_id: str) -> None:
-    """Print what `push` would upload: files, sizes and the card. Needs no network."""
+def print_dry_run(
+    upload: Upload, repo_id: str, *, private: bool, update: bool, revision: str, message: str
+) -> None:
+    """Print what `push` would do with the same arguments: files, sizes, card. Needs no network."""
     check_name(repo_id)
-    print(f"to {repo_id}:")
+    kind = "an update" if update else f"a new {'private ' if private else ''}repository"
+    print(f"to {repo_id}, branch {revision}, {kind}: {message}")
     for line in describe(upload):
         print(line, file=sys.stderr if line.startswith("note") else sys.stdout)
     print(f"\n{upload.card}", end="")

@@ -141,9 +141,18 @@ def test_an_update_replaces_the_weights_on_a_branch(hub, tmp_path, capsys):
     assert f"note: {files[0]} of an earlier upload is deleted" in notes
 
 
+def test_a_file_is_no_directory_of_a_model(tmp_path, capsys):
+    (tmp_path / "model.gguf").touch()
+    assert call("push", tmp_path / "model.gguf", "me/model", "--dry-run") == 2
+    assert "model.gguf is a file; give the directory of a model" in capsys.readouterr().err
+
+
 def test_a_dry_run_needs_no_network(run, capsys):
-    assert call("push", run, "org/merged", "--dry-run") == 0
+    options = ("--private", "--revision", "try", "--message", "First of three")
+    assert call("push", run, "org/merged", "--dry-run", *options) == 0
     out, err = capsys.readouterr()
+    expected = "to org/merged, branch try, a new private repository: First of three"
+    assert out.splitlines()[0] == expected
     size = (run / "merged/average/model.safetensors").stat().st_size
     assert re.search(rf"^ *{size} bytes  model.safetensors$", out, re.MULTILINE)
     assert "base_model_relation: merge" in out
