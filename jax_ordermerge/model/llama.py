@@ -241,6 +241,8 @@ def hidden(
     if cache is None:
         rotations = _rotations(config, queries, queries)
         shared = LayerInputs(queries, queries, rotations, jnp.zeros((), jnp.int32))
+        if form == "by_head":
+            params = {**params, "layers": _cast_matrices(params["layers"], dtype)}
         x_BTD = Llama(config, dtype, remat, kernel, form).apply(
             {"params": params}, tokens_BT, shared
         )
@@ -259,6 +261,19 @@ def hidden(
     shared = LayerInputs(queries, keys, _rotations(config, queries, keys), cache.length)
     x_BTD, k, v = _with_cache(config, params, tokens_BT, cache, shared, dtype, last_only)
     return x_BTD, Cache(tuple(k), tuple(v), *keys, cache.length + T)
+
+
+def _cast_matrices(layers: tree.Tree, dtype: DTypeLike) -> tree.Tree:
+    """Return the stacked matrices of all layers in `dtype`, and the rest as it is."""
+    # Each layer casts its own matrices, so this changes no value. But the backward pass of the scan
+    # stacks a gradient per layer, in the dtype in which the scan reads the matrix: in float32 that
+    # was twice the memory and twice the copies. On CPU the scan casts, as a layer fits a cache.
+    return tree.unflatten(
+        {
+            path: x.astype(dtype) if path.endswith("weight") and x.ndim == 3 else x
+            for path, x in tree.flatten(layers).items()
+        }
+    )
 
 
 def _rotations(config: ModelConfig, queries: Tokens, keys: Tokens) -> tuple[Rotation, ...]:

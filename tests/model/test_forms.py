@@ -72,6 +72,26 @@ def test_by_head_is_flat_with_biases_and_adapters(params, batch):
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected[1]))
 
 
+def test_gradients_by_head_are_stacked_in_the_compute_dtype(params, batch):
+    """One per layer of every matrix: in float32 they would take twice the memory."""
+    step = jax.grad(objective.sft(CONFIG, dtype="bfloat16", form="by_head"), has_aux=True)
+    program = jax.make_jaxpr(step)(params, batch)
+    scans = [
+        equation
+        for equation in program.jaxpr.eqns
+        if equation.primitive.name == "scan" and equation.params["length"] == CONFIG.num_layers
+    ]
+    sizes = {(16, 16), (8, 16), (24, 16), (16, 24)}
+    matrices = [
+        var.aval.dtype.name
+        for equation in scans
+        for var in (*equation.invars, *equation.outvars)
+        if var.aval.shape[:1] == (2,) and var.aval.shape[1:] in sizes
+    ]
+    # seven matrices forward and backward, and the gradients of seven
+    assert (len(scans), matrices.count("bfloat16"), matrices.count("float32")) == (2, 21, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
