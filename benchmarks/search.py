@@ -52,8 +52,7 @@ SPACE = {
 
 def timed(*arguments: str) -> float:
     """Run the command line in a new process and return its wall time in seconds."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
     start = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "jax_ordermerge", *arguments], check=True, env=environment, cwd=ROOT

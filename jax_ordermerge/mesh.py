@@ -435,19 +435,3 @@ def check_accelerator() -> None:
             " driver (nvidia-smi), that the container sees it and the extra (tpu, cuda, cuda12), or"
             " set JAX_PLATFORMS=cpu"
         )
-
-
-def cache_programs(directory: str) -> None:
-    """Cache compiled programs in a directory, for later starts with equal versions and devices.
-
-    Args:
-        directory: created if absent; `~` is the home directory.
-
-    Example:
-        >>> before = jax.config.jax_compilation_cache_dir
-        >>> cache_programs("compiled")
-        >>> jax.config.update("jax_compilation_cache_dir", before)
-    """
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
-    # by default jax does not cache programs that compile fast, so each start would compile them
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

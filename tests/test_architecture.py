@@ -12,9 +12,9 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jax_ordermerge"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Imports go down this list. Packages on one line do not import each other.
 LAYERS = [
-    ("errors", "tree", "json_types"),
+    ("errors", "tree", "json_types", "user_cache"),
     ("registry",),
-    ("rng", "hardware", "arch", "mesh_shape"),
+    ("rng", "hardware", "arch", "mesh_shape", "program_cache"),
     ("hash_rng", "mesh", "processes"),
     ("config",),
     ("analysis", "checkpoint", "model"),

@@ -20,7 +20,7 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
-from jax_ordermerge import arch
+from jax_ordermerge import arch, user_cache
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import (
     atomic,
@@ -72,7 +72,7 @@ def read_directory(path: Path) -> Path:
 def _read_directory(path: Path, size: int, modified: int) -> Path:
     # a file that is replaced under its name is another model
     key = hashlib.sha256(f"{_VERSION} {path} {size} {modified}".encode()).hexdigest()[:16]
-    directory = remote.cache().absolute() / "gguf" / f"{path.stem[:100]}-{key}"
+    directory = user_cache.directory().absolute() / "gguf" / f"{path.stem[:100]}-{key}"
     # one process of this machine converts, the others wait and find the directory
     with remote.exclusive(directory):
         if not directory.is_dir():

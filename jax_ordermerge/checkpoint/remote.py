@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax_ordermerge import user_cache
 from jax_ordermerge.checkpoint import atomic, object_store
 from jax_ordermerge.checkpoint.object_store import File, Listing
 from jax_ordermerge.errors import UserError
@@ -85,16 +86,8 @@ def expand(path: str | Path) -> Path:
     return Path(text if os.path.lexists(text) or is_below else expanded)
 
 
-def cache() -> Path:
-    """Return the directory of the copies: `ORDERMERGE_CACHE`, by default in the user's cache."""
-    directory = os.environ.get("ORDERMERGE_CACHE")
-    if directory:
-        return Path(directory).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jax_ordermerge"
-
-
 def _local(kind: str, url: str) -> Path:
-    return (cache() / kind / url.replace("://", "/")).absolute()
+    return (user_cache.directory() / kind / url.replace("://", "/")).absolute()
 
 
 # --------------------------------------------------------------------------------------- reading

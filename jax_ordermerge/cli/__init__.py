@@ -4,10 +4,12 @@ Nothing heavy is imported before a command runs, so `--help` takes milliseconds.
 """
 
 import itertools
+import os
 import sys
 import traceback
 from typing import NoReturn
 
+from jax_ordermerge import program_cache
 from jax_ordermerge.cli import runs, single_models  # noqa: F401  (they register their commands)
 from jax_ordermerge.cli.app import app
 from jax_ordermerge.errors import PeerLost, Stopped, UserError, file_error, is_utf8
@@ -42,7 +44,11 @@ def main() -> NoReturn:
     # about the input, not about this program. A process that fails waits some seconds for its
     # peers, which may be failing for the same reason; one that ends as all others do need not.
     code, patience = 0, None
-    set_memory_fraction()  # no command has imported jax yet
+    # no command has imported jax yet
+    set_memory_fraction()
+    program_cache.set_default()
+    # pydantic would read the metadata of every installed package, to look for plugins
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         _check_arguments()
         app(standalone_mode=True)
@@ -68,8 +74,10 @@ def main() -> NoReturn:
             traceback.print_exc()
         code, patience = 1 if line is None else 2, _PATIENCE
     # jax at work means that there may be peers; importing it here would start it for nothing
-    if patience is not None and "jax" in sys.modules:
-        from jax_ordermerge import processes
+    if "jax" in sys.modules:
+        program_cache.prune()
+        if patience is not None:
+            from jax_ordermerge import processes
 
-        processes.end(code, patience)
+            processes.end(code, patience)
     sys.exit(code)

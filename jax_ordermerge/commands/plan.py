@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jax_ordermerge import program_cache
 from jax_ordermerge.config import Config, check_inputs
 from jax_ordermerge.experiment import preflight
 from jax_ordermerge.experiment.specs import plan_spec
@@ -26,5 +27,7 @@ def plan_experiment(config: Config, *, as_json: bool, **options: Any) -> str:
         data = ["data.train"] if options.get("examples") is None else []
         check_inputs(config, ["model.base", *data])
     preflight.check_config(config)
+    # a program out of the cache would report the seconds of its reading as those of compilation
+    program_cache.configure(None, by_default=False)
     plan = planner.plan_experiment(plan_spec(config), **options)
     return formatting.as_json(plan) if as_json else formatting.as_text(plan)

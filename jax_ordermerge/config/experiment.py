@@ -176,8 +176,8 @@ class Config(Section):
     tracking: Annotated[Tracking, FREE_TO_CHANGE] = Tracking()
     compilation_cache: Annotated[str | None, FREE_TO_CHANGE] = Field(
         None,
-        description="directory that keeps compiled programs for the next start; null compiles at"
-        " every start",
+        description="directory that keeps compiled programs for the next start; null is that of"
+        " JAX_COMPILATION_CACHE_DIR, by default in the user's cache; off compiles at every start",
     )
 
     @property

@@ -6,7 +6,7 @@ that tokenize. There is nothing to invalidate: other inputs have another name. A
 damaged has another digest than it begins with, and is written again.
 
 `ORDERMERGE_EXAMPLE_CACHE` names the directory, by default `examples` in the cache of
-`checkpoint.remote`; `off` keeps nothing.
+`user_cache`; `off` keeps nothing.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from jax_ordermerge import config as schema
+from jax_ordermerge import user_cache
 from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.config.data import DataSource
 from jax_ordermerge.data import dates, files
@@ -61,7 +62,7 @@ def directory() -> Path | None:
     if setting.lower() == "off":
         return None
     try:
-        return Path(setting).expanduser() if setting else remote.cache() / "examples"
+        return Path(setting).expanduser() if setting else user_cache.directory() / "examples"
     except RuntimeError:  # a user without a home, as in some containers
         return None
 

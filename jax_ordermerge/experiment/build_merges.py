@@ -54,8 +54,7 @@ def build(ctx: RunContext, population: Population, spec: MergeSpec) -> data_depe
     return data_dependent.merge_with_data(
         ctx,
         settings(ctx, spec),
-        ingredients.members,
-        ingredients.base,
+        ingredients,
         lambda params: losses.example_losses(ctx, params, ctx.splits["validation"]).mean,
     )
 

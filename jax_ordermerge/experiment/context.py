@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jax_ordermerge import config as schema
 from jax_ordermerge import mesh as meshes
-from jax_ordermerge import processes, record
+from jax_ordermerge import processes, program_cache, record
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert, orbax
 from jax_ordermerge.config import Config, check_inputs
@@ -235,8 +235,9 @@ def _choose_export_dtype(config: Config, base_dir: Path, log: Log) -> Config:
 
 def start_devices(config: Config) -> None:
     """Start the processes and set what XLA reads at its start. A second call changes nothing."""
-    if config.compilation_cache:
-        meshes.cache_programs(config.compilation_cache)
+    program_cache.configure(
+        config.compilation_cache, by_default=config.distributed.coordinator is None
+    )
     # XLA reads the number of CPU devices when the backend starts; several processes bring their own
     if config.distributed.coordinator is None:
         meshes.provide_cpu_devices(config.mesh.sizes.values())

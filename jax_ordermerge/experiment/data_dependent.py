@@ -14,6 +14,7 @@ from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge import population
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.registry import Registry
+from jax_ordermerge.search.candidates import Population
 from jax_ordermerge.train import fisher, objective
 from jax_ordermerge.tree import Tree, member
 
@@ -24,16 +25,13 @@ Supplier = Callable[[RunContext, Json, Tree, Tree | None, Loss], Result]
 SUPPLIERS = Registry[Supplier]("kind of data that merge methods need")
 
 
-def merge_with_data(
-    ctx: RunContext, settings: Json, members: Tree, base: Tree, loss: Loss
-) -> Result:
+def merge_with_data(ctx: RunContext, settings: Json, ingredients: Population, loss: Loss) -> Result:
     """Merge the population, with the data that the method needs.
 
     Args:
         ctx: the run.
         settings: method, seed, weights and parameters of the merge.
-        members: the population, in the dtype that is merged.
-        base: in the same dtype.
+        ingredients: the population, in the dtype that is merged.
         loss: of a model on the validation examples.
 
     Returns:
@@ -41,10 +39,10 @@ def merge_with_data(
     """
     method = table.METHODS[settings["method"]]
     if method.needs is None:
-        return _merge(ctx, settings, members, base), settings["parameters"]
+        return ingredients.merge(**settings), settings["parameters"]
     checked = table.check_parameters(settings["method"], settings["parameters"])
-    used_base = base if method.needs_base(checked) else None
-    return SUPPLIERS[method.needs](ctx, settings, members, used_base, loss)
+    used_base = ingredients.base if method.needs_base(checked) else None
+    return SUPPLIERS[method.needs](ctx, settings, ingredients.members, used_base, loss)
 
 
 def _merge(ctx: RunContext, settings: Json, members: Tree, base: Tree | None) -> Tree:

@@ -1,6 +1,7 @@
 """Models of one architecture stacked on a leading axis, so that one program takes them all."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +14,32 @@ from jax_ordermerge.tree import Tree
 
 # of a device's memory that stacked models may take; caches of keys and values need the rest
 _MEMORY_FRACTION = 0.5
+_SMALL_BYTES = 64 << 20  # of all models of a device
 
 
-def fitting(members: int, config: ModelConfig, mesh: Mesh, dtype: str) -> int:
-    """Return how many models to stack: `members`, or fewer where the device memory is smaller.
+def fitting(count: int, members: int, config: ModelConfig, mesh: Mesh, dtype: str) -> int:
+    """Return how many models to stack.
+
+    Small models are all stacked: a stack of another size would be one more compilation. Of others
+    there are `members` at a time, or fewer where the device memory is smaller.
 
     Args:
-        members: a multiple of the device groups.
+        count: of the models.
+        members: a multiple of the device groups; training has as many in memory.
         config: the architecture.
         mesh: where the models are.
         dtype: of their parameters.
     """
-    limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None:  # CPU devices do not report their memory
-        return members
     # a device group holds its models side by side, and at least one of them
     groups = mesh.shape["order"]
     model_bytes = analytic.bytes_per_device(convert.abstract_params(config, mesh, dtype=dtype))
-    return groups * max(1, min(members // groups, int(_MEMORY_FRACTION * limit / model_bytes)))
+    size = -(-count // groups)
+    if size * model_bytes > _SMALL_BYTES:
+        size = members // groups
+    limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit is not None:  # CPU devices do not report their memory
+        size = max(1, min(size, int(_MEMORY_FRACTION * limit / model_bytes)))
+    return groups * size
 
 
 def stack(models: Iterable[Tree], count: int, config: ModelConfig, mesh: Mesh, dtype: str) -> Tree:
@@ -46,6 +55,33 @@ def stack(models: Iterable[Tree], count: int, config: ModelConfig, mesh: Mesh, d
     """
     groups = mesh.shape["order"]
     size = -(-count // groups) * groups
+    zeros, write = _stack_programs(config, mesh, size, dtype)
+    # Written slot by slot into zeros on the devices. Stacking a list of models would need all of
+    # them and the stack at the same time.
+    stacked = zeros()
+    index = 0
+    for index, model in enumerate(models):
+        stacked = write(stacked, model, index)
+    # every group takes part in the collectives of generation, so a spare slot needs a valid model
+    for spare in range(index + 1, size):
+        stacked = write(stacked, model, spare)
+    return stacked
+
+
+def take(stacked: Tree, index: int, config: ModelConfig, mesh: Mesh, dtype: str) -> Tree:
+    """Return one of the models of `stack`, sharded as a single model is."""
+    return _take_program(config, mesh, dtype)(stacked, index)
+
+
+# The programs are cached because jit compiles anew for another function object, even of the same
+# code. The index is traced in both: one program for all models.
+
+
+@functools.lru_cache(maxsize=4)
+def _stack_programs(
+    config: ModelConfig, mesh: Mesh, size: int, dtype: str
+) -> tuple[Callable[[], Tree], Callable[[Tree, Tree, int], Tree]]:
+    """Return a program for zeros of `size` models, and one that writes a model into them."""
     abstract = convert.abstract_params(config, mesh, members=size, dtype=dtype)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
@@ -59,22 +95,15 @@ def stack(models: Iterable[Tree], count: int, config: ModelConfig, mesh: Mesh, d
             model,
         )
 
-    # Written slot by slot into zeros on the devices. Stacking a list of models would need all of
-    # them and the stack at the same time.
-    stacked = jax.jit(zeros, out_shardings=shardings)()
     # donated, else the stack itself would be in memory twice
-    write = jax.jit(put, donate_argnums=0, out_shardings=shardings)
-    index = 0
-    for index, model in enumerate(models):
-        stacked = write(stacked, model, index)
-    # every group takes part in the collectives of generation, so a spare slot needs a valid model
-    for spare in range(index + 1, size):
-        stacked = write(stacked, model, spare)
-    return stacked
+    return (
+        jax.jit(zeros, out_shardings=shardings),
+        jax.jit(put, donate_argnums=0, out_shardings=shardings),
+    )
 
 
-def take(stacked: Tree, index: int, config: ModelConfig, mesh: Mesh, dtype: str) -> Tree:
-    """Return one of the models of `stack`, sharded as a single model is."""
+@functools.lru_cache(maxsize=4)
+def _take_program(config: ModelConfig, mesh: Mesh, dtype: str) -> Callable[[Tree, int], Tree]:
     abstract = convert.abstract_params(config, mesh, dtype=dtype)
 
     def pick(stacked: Tree, index: int) -> Tree:
@@ -82,8 +111,4 @@ def take(stacked: Tree, index: int, config: ModelConfig, mesh: Mesh, dtype: str)
             lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), stacked
         )
 
-    # the index is traced: one program for all models
-    params: Tree = jax.jit(pick, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(
-        stacked, index
-    )
-    return params
+    return jax.jit(pick, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))

@@ -43,22 +43,27 @@ def fits(members: tree.Tree) -> bool:
     return len(devices) == 1 and sum(leaf.size for leaf in leaves) <= LARGEST
 
 
-class _Group(NamedTuple):
-    """All tensors whose runs have one length, in the order of the tensor table.
+class _Runs(NamedTuple):
+    """The runs of all tensors whose runs have one length, in the order of the tensor table.
 
     Attributes:
-        paths: of the entries of the table.
         members: [M, K, n].
         base: [K, n].
         tensors: int32[K], number of the tensor of each run.
         offsets: uint32[K, 2] = (lo, hi), index of the first element of each run in its tensor.
     """
 
-    paths: tuple[str, ...]
     members: jax.Array
     base: jax.Array
     tensors: np.ndarray
     offsets: np.ndarray
+
+
+class _Group(NamedTuple):
+    """The runs of one length, and the paths of their entries in the tensor table."""
+
+    paths: tuple[str, ...]
+    runs: _Runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,12 @@ class _Tensor:
     @property
     def count(self) -> int:
         return self.blocks.count
+
+    def prepare(
+        self, method: str, checked: table.Parameters
+    ) -> tuple[dict[str, np.ndarray], parts.Static]:
+        """Return what the method's `apply` needs to know of the tensor."""
+        return parts.split_static(table.METHODS[method].prepare(self, **checked))
 
     def total(
         self,
@@ -111,6 +122,7 @@ class Blocks:
             self._make_group(run, numbered, flat, flat_base)
             for run, numbered in self._by_run_length().items()
         ]
+        self._runs = tuple(group.runs for group in self._groups)
         self._kept: dict[object, list[Any]] = {}
         # as `population.merge` leaves them: the same programs then take the merged model
         shardings = {path: population.member_shardings(leaf) for path, leaf in flat.items()}
@@ -144,23 +156,9 @@ class Blocks:
         checked = table.check_parameters(method, parameters)
         if table.METHODS[method].unit(checked) != "element":
             return None
-        checked_weights = table.check_weights(method, weights, self.count, checked)
-        # one stream of random bits per tensor, as for files
-        key_bits = np.stack(
-            [
-                table.key_bits(method, checked, seed, name, layer if spec.stacked else None)
-                for spec, layer, name in self._tensors()
-            ]
-        )
-        prepared = [
-            parts.split_static(
-                table.METHODS[method].prepare(
-                    _Tensor(number, spec.hf_shape, checked_weights, spec.stacked, key_bits, self),
-                    **checked,
-                )
-            )
-            for number, (spec, _, _) in enumerate(self._tensors())
-        ]
+        tensors = self._make_tensors(method, seed, weights, checked)
+        key_bits = tensors[0].key_bits
+        prepared = [tensor.prepare(method, checked) for tensor in tensors]
         static = prepared[0][1]
         shapes = [{name: x.shape for name, x in arrays.items()} for arrays, _ in prepared]
         # one program has one form: tensors that are prepared in two ways need two
@@ -170,23 +168,61 @@ class Blocks:
         # One program for all lambdas, 1 among them: float32, and the one rounding comes after it.
         # A method that moves bits has nothing to round.
         result = None if table.METHODS[method].exact else jnp.dtype(jnp.float32)
-        merged = [
-            _merge_runs(
-                *group[1:],
-                key_bits,
-                arrays,
-                method=method,
-                static=static,
-                dtype=self._dtype,
-                result=result,
-            )
-            for group in self._groups
-        ]
+        merged = _merge_runs(
+            self._runs,
+            key_bits,
+            arrays,
+            method=method,
+            static=static,
+            dtype=self._dtype,
+            result=result,
+        )
         return self._finish(merged, scales)
+
+    def count_redrawn(
+        self,
+        *,
+        method: str,
+        seed: int,
+        weights: Sequence[float] | None,
+        parameters: table.Parameters,
+    ) -> dict[str, np.ndarray]:
+        """Return what `population_diagnostics.count_redrawn` returns."""
+        checked = table.check_parameters(method, parameters)
+        function = table.METHODS[method].count_redrawn(checked)
+        if function is None:
+            return {}
+        counts = {}
+        tensors = self._make_tensors(method, seed, weights, checked)
+        for tensor, (_, _, name) in zip(tensors, self._tensors(), strict=True):
+            arrays, static = tensor.prepare(method, checked)
+            counts[name] = tensor.total(function, arrays["weights"], **dict(static))
+        return counts
+
+    def _make_tensors(
+        self,
+        method: str,
+        seed: int,
+        weights: Sequence[float] | None,
+        checked: table.Parameters,
+    ) -> list["_Tensor"]:
+        """Return the U Hugging Face tensors as a method sees them."""
+        checked_weights = table.check_weights(method, weights, self.count, checked)
+        # one stream of random bits per tensor, as for files
+        key_bits = np.stack(
+            [
+                table.key_bits(method, checked, seed, name, layer if spec.stacked else None)
+                for spec, layer, name in self._tensors()
+            ]
+        )
+        return [
+            _Tensor(number, spec.hf_shape, checked_weights, spec.stacked, key_bits, self)
+            for number, (spec, _, _) in enumerate(self._tensors())
+        ]
 
     def rescale_member(self, number: int, scales: Mapping[str, float]) -> tree.Tree:
         """Return what `rescale.rescale_member` returns."""
-        members = rescale.take_member([group.members for group in self._groups], number)
+        members = rescale.take_member([runs.members for runs in self._runs], number)
         return self._finish(members, scales)
 
     def measure(
@@ -208,21 +244,22 @@ class Blocks:
             if len(self._kept) == _KEPT:
                 del self._kept[next(iter(self._kept))]
             totals = dict[int, Any]()
-            for group in self._groups:
-                measured = parts.fetch(
-                    _measure_runs(
-                        *group[1:],
-                        key_bits,
-                        *arrays,
-                        function=function,
-                        static=static,
-                        dtype=self._dtype,
-                    )
+            by_group = parts.fetch(
+                _measure_runs(
+                    self._runs,
+                    key_bits,
+                    *arrays,
+                    function=function,
+                    static=static,
+                    dtype=self._dtype,
                 )
+            )
+            for group, measured in zip(self._groups, by_group, strict=True):
                 # runs of a tensor are consecutive
-                numbers, starts = np.unique(group.tensors, return_index=True)
+                tensors = group.runs.tensors
+                numbers, starts = np.unique(tensors, return_index=True)
                 for number, start, end in zip(
-                    numbers.tolist(), starts, [*starts[1:], len(group.tensors)], strict=True
+                    numbers.tolist(), starts, [*starts[1:], len(tensors)], strict=True
                 ):
                     totals[number] = jax.tree.map(
                         partial(_total, start=start, end=end, reduce=reduce), measured
@@ -268,13 +305,13 @@ class Blocks:
             tensors.append(np.repeat(np.arange(first, first + layers, dtype=np.int32), per_tensor))
             offsets.append(np.tile(run * np.arange(per_tensor, dtype=np.uint32), layers))
         low = np.concatenate(offsets)  # below 2^32: the population is small
-        return _Group(
-            paths,
+        runs = _Runs(
             join(members, self.count),
             join(base),
             np.concatenate(tensors),
             np.stack([low, np.zeros_like(low)], axis=1),
         )
+        return _Group(paths, runs)
 
     def _finish(self, merged: Sequence[jax.Array], scales: Mapping[str, float] | None) -> tree.Tree:
         """Return the parameter dict of runs [K, n], of each group, with their lambdas."""
@@ -284,9 +321,9 @@ class Blocks:
             lambdas = np.asarray([scales[name] for _, _, name in self._tensors()], np.float32)
             rounded = [
                 rescale.rescale(
-                    x, group.base, lambdas[group.tensors], stacked=True, dtype=self._dtype
+                    x, runs.base, lambdas[runs.tensors], stacked=True, dtype=self._dtype
                 )
-                for x, group in zip(merged, self._groups, strict=True)
+                for x, runs in zip(merged, self._runs, strict=True)
             ]
         flat = self._join(rounded)
         return tree.unflatten({spec.path: flat[spec.path] for spec in self._specs})
@@ -308,12 +345,13 @@ def _total(runs: np.ndarray, *, start: int, end: int, reduce: parts.Reduce) -> n
     return parts.combine(list(runs[start:end]), reduce)
 
 
+# All groups are in one program each time: starting a compilation takes longer than what a second
+# group adds to it.
+
+
 @partial(jax.jit, static_argnames=("method", "static", "dtype", "result"))
 def _merge_runs(
-    members: jax.Array,
-    base: jax.Array,
-    tensors: jax.Array,
-    offsets: jax.Array,
+    groups: tuple[_Runs, ...],
     key_bits: jax.Array,
     arrays: dict[str, jax.Array],
     *,
@@ -321,11 +359,11 @@ def _merge_runs(
     static: parts.Static,
     dtype: DTypeLike,
     result: DTypeLike | None,
-) -> jax.Array:
-    """Merge the runs of a group.
+) -> tuple[jax.Array, ...]:
+    """Merge the runs of each group.
 
     Args:
-        members, base, tensors, offsets: of a `_Group`.
+        groups: of `Blocks`.
         key_bits: uint32[U, 2].
         arrays: what the method's `prepare` returned, [U, ...].
         method, static, dtype: see `table.merge_part`; `result` is its `out`.
@@ -343,22 +381,19 @@ def _merge_runs(
             part, prepared, method=method, static=static, dtype=dtype, out=result
         )
 
-    return jax.vmap(merge_run)(selection.unstack(members), base, tensors, offsets)
+    return tuple(_map_runs(merge_run, runs) for runs in groups)
 
 
 @partial(jax.jit, static_argnames=("function", "static", "dtype"))
 def _measure_runs(
-    members: jax.Array,
-    base: jax.Array,
-    tensors: jax.Array,
-    offsets: jax.Array,
+    groups: tuple[_Runs, ...],
     key_bits: jax.Array,
     *arrays: parts.ArrayTree,
     function: Callable[..., parts.ArrayTree],
     static: parts.Static,
     dtype: DTypeLike,
-) -> parts.ArrayTree:
-    """Return `function` of each run of a group, with a leading axis `K`."""
+) -> tuple[parts.ArrayTree, ...]:
+    """Return `function` of each run of each group, with a leading axis `K`."""
 
     def measure_run(
         members: tuple[jax.Array, ...], base: jax.Array, tensor: jax.Array, offset: jax.Array
@@ -366,4 +401,10 @@ def _measure_runs(
         part = parts.Part(members, base, key_bits[tensor], offset)
         return function(parts.round_models(part, dtype), *arrays, **dict(static))
 
-    return jax.vmap(measure_run)(selection.unstack(members), base, tensors, offsets)
+    return tuple(_map_runs(measure_run, runs) for runs in groups)
+
+
+def _map_runs(function: Callable[..., parts.ArrayTree], runs: _Runs) -> parts.ArrayTree:
+    return jax.vmap(function)(
+        selection.unstack(runs.members), runs.base, runs.tensors, runs.offsets
+    )

@@ -17,7 +17,7 @@ from jax_ordermerge import arch, tree
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import diagnostics, rescale
+from jax_ordermerge.merge import rescale
 from jax_ordermerge.merge.methods import parts, selection, table
 
 # `merge` takes arrays, `compile_merge` their descriptions.
@@ -333,7 +333,7 @@ def _measure_leaf(
         member_list = tuple(map(take, member_list))
         base = None if base is None else take(base)
     result = function(parts.Part(member_list, base, key_bits), *arrays, **dict(static))
-    return _replicate(result, shardings)
+    return replicate(result, shardings)
 
 
 @functools.partial(
@@ -412,78 +412,8 @@ def _unstack(
     return selection.unstack(stored), base
 
 
-def _replicate(values: parts.ArrayTree, shardings: MemberShardings | None) -> parts.ArrayTree:
+def replicate(values: parts.ArrayTree, shardings: MemberShardings | None) -> parts.ArrayTree:
     """Put sums on all devices of the mesh, since every process reads them on its host."""
     if shardings is None:
         return values
     return jax.lax.with_sharding_constraint(values, NamedSharding(shardings.out.mesh, P()))
-
-
-def measure_diagnostics(
-    members: tree.Tree,
-    base: tree.Tree,
-    merged: tree.Tree,
-    config: ModelConfig,
-    *,
-    method: str,
-    seed: int,
-    weights: Sequence[float] | None = None,
-    parameters: table.Parameters | None = None,
-) -> diagnostics.Report:
-    """Describe a merge by its task vectors, per Hugging Face tensor and in total.
-
-    Args:
-        members: parameter dict with a leading axis `M`.
-        base: parameter dict.
-        merged: parameter dict; members and base are rounded to its dtype first.
-        config: the model.
-        method, seed, weights, parameters: of the merge. A selection with resampling draws again,
-            to count how many elements each round redrew.
-    """
-    # a pass of its own: `merge` compiles to one program, with and without diagnostics
-    checked: table.Parameters = {}
-    count_redrawn = None
-    if method in table.METHODS:  # the merge that a search chose has no method of the table
-        checked = table.check_parameters(method, parameters)
-        count_redrawn = table.METHODS[method].count_redrawn(checked)
-    flat, flat_base, flat_merged = tree.flatten(members), tree.flatten(base), tree.flatten(merged)
-    results: dict[str, tuple[diagnostics.Moments, int]] = {}
-    for spec in arch.tensor_table(config):
-        members_leaf, base_leaf = flat[spec.path], flat_base[spec.path]
-        merged_leaf = flat_merged[spec.path]
-        names = spec.hf_names()
-        leaf_moments = jax.device_get(
-            _moments(members_leaf, base_leaf, merged_leaf, member_shardings(members_leaf))
-        )
-        leaf = Leaf(
-            members_leaf,
-            base_leaf,
-            names,
-            spec.stacked,
-            method,
-            seed,
-            weights,
-            checked,
-            merged_leaf.dtype,
-        )
-        # counting what was redrawn is one more pass over the members, for resampling alone
-        tensors = leaf.tensors() if count_redrawn is not None else []
-        for layer, name in enumerate(names):
-            moments = leaf_moments
-            if spec.stacked:
-                products, unchanged = leaf_moments.products, leaf_moments.unchanged
-                moments = diagnostics.Moments(products[:, layer], unchanged[:, layer])
-            if count_redrawn is not None:
-                arrays, static = tensors[layer].prepare()
-                redrawn = tensors[layer].total(count_redrawn, arrays["weights"], **dict(static))
-                moments = moments._replace(redrawn=redrawn)
-            results[name] = diagnostics.total(moments), math.prod(spec.hf_shape)
-    return diagnostics.report((name, *results[name]) for name, _, _ in arch.hf_tensors(config))
-
-
-@functools.partial(jax.jit, static_argnames="shardings")
-def _moments(
-    members: jax.Array, base: jax.Array, merged: jax.Array, shardings: MemberShardings | None
-) -> diagnostics.Moments:
-    members, base = (parts.round_to(x, merged.dtype) for x in (members, base))
-    return _replicate(diagnostics.moments(members, base, merged), shardings)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -21,7 +21,13 @@ from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.json_types import Json, JsonRow
 from jax_ordermerge.layout import member_name
-from jax_ordermerge.merge import blocks, population, rescale
+from jax_ordermerge.merge import (
+    blocks,
+    diagnostics,
+    population,
+    population_diagnostics,
+    rescale,
+)
 from jax_ordermerge.merge.methods import table
 
 BASE, MEMBER = "base", "member"  # candidates that are no merges
@@ -223,28 +229,75 @@ class Population:
                 self.members, self.base, self.model, number, scales=scales, dtype=self.dtype
             )
         check(candidate, self.count, self.model)
-        merged = None
-        if self.blocks is not None:
-            merged = self.blocks.merge(
-                method=candidate.method,
-                seed=candidate.seed,
-                weights=candidate.weights,
-                parameters=candidate.parameters,
-                scales=scales,
-            )
-        # None: too large a population, or a method without a program over runs of elements
-        if merged is not None:
-            return merged
-        return population.merge(
-            self.members,
-            self.base,
-            self.model,
+        return self.merge(
             method=candidate.method,
             seed=candidate.seed,
             weights=candidate.weights,
             parameters=candidate.parameters,
             scales=scales,
+        )
+
+    def merge(
+        self,
+        *,
+        method: str,
+        seed: int,
+        weights: Sequence[float] | None,
+        parameters: table.Parameters,
+        scales: Mapping[str, float] | None = None,
+    ) -> tree.Tree:
+        """Return a merge of the members in `dtype`; arguments and errors of `population.merge`."""
+        if self.blocks is not None:
+            merged = self.blocks.merge(
+                method=method, seed=seed, weights=weights, parameters=parameters, scales=scales
+            )
+            # None: a method without a program over runs of elements
+            if merged is not None:
+                return merged
+        return population.merge(
+            self.members,
+            self.base,
+            self.model,
+            method=method,
+            seed=seed,
+            weights=weights,
+            parameters=parameters,
+            scales=scales,
             dtype=self.dtype,
+        )
+
+    def measure_diagnostics(
+        self,
+        merged: tree.Tree,
+        *,
+        method: str,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        parameters: table.Parameters | None = None,
+    ) -> diagnostics.Report:
+        """Describe a merge of the members by its task vectors, see `merge.diagnostics`.
+
+        Args:
+            merged: the merge, in `dtype`.
+            method, seed, weights, parameters: how it was made. A selection with resampling draws
+                again, to count how many elements each round redrew. A method that is not in the
+                table, as of a chosen merge, counts nothing.
+        """
+        redrawn: dict[str, np.ndarray] = {}
+        if method in table.METHODS:
+            if self.blocks is not None:
+                count = self.blocks.count_redrawn
+            else:
+                count = functools.partial(
+                    population_diagnostics.count_redrawn,
+                    self.members,
+                    self.base,
+                    self.model,
+                    dtype=self.dtype,
+                )
+            redrawn = count(method=method, seed=seed, weights=weights, parameters=parameters or {})
+        return population_diagnostics.measure_diagnostics(
+            self.members, self.base, merged, self.model, redrawn
         )
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ import pytest
 from jax_ordermerge import arch, tree
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.hash_rng import random_bits
-from jax_ordermerge.merge import blocks, population, rescale
+from jax_ordermerge.merge import blocks, population, population_diagnostics, rescale
 from jax_ordermerge.merge.methods import parts, table
 from jax_ordermerge.merge.methods.linear import combine, gram_matrix
 from jax_ordermerge.mesh import make_mesh
@@ -118,7 +118,7 @@ def test_a_member_at_other_lambdas_has_the_bits_of_rescale(small):
         assert np.array_equal(np.asarray(got[path]), np.asarray(leaf)), path
 
 
-def test_one_program_per_length_of_runs_serves_all_shapes_lambdas_and_seeds(small):
+def test_one_program_serves_all_shapes_lambdas_and_seeds(small):
     blocks._merge_runs.clear_cache()
     built = blocks_of(small)
     for seed, scales in ((0, None), (1, dict.fromkeys(NAMES, 1.2))):
@@ -130,8 +130,22 @@ def test_one_program_per_length_of_runs_serves_all_shapes_lambdas_and_seeds(smal
                 seed=seed,
                 scales=scales,
             )
-    # runs of 256, and norms of 32
-    assert blocks._merge_runs._cache_size() == 2
+    # runs of 256 and norms of 32 are both in it
+    assert blocks._merge_runs._cache_size() == 1
+
+
+@pytest.mark.parametrize("parameters", [{"resample": 2}, {"resample": "exhaustive"}, {}], ids=str)
+def test_what_is_redrawn_is_counted_as_leaf_by_leaf(small, parameters):
+    settings = {"method": "selection", "seed": 4, "weights": (1, 2, 5), "parameters": parameters}
+    counts = blocks_of(small).count_redrawn(**settings)
+    expected = population_diagnostics.count_redrawn(*small, CONFIG, **settings)
+    assert counts.keys() == expected.keys() == (set(NAMES) if parameters else set())
+    for name in counts:
+        assert np.array_equal(counts[name], expected[name]), name
+    merged = Population(CONFIG, *small, "bfloat16").merge(**settings)
+    report = Population(CONFIG, *small, "bfloat16").measure_diagnostics(merged, **settings)
+    assert report == population_diagnostics.measure_diagnostics(*small, merged, CONFIG, expected)
+    assert ("redrawn" in report["total"]) == bool(parameters)
 
 
 def test_sums_are_those_of_each_tensor(small):

@@ -10,7 +10,7 @@ import pytest
 from jax_ordermerge import arch, rng, tree
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import population
+from jax_ordermerge.merge import population, population_diagnostics
 from jax_ordermerge.merge.methods import table
 from jax_ordermerge.merge.methods.selection import select
 
@@ -148,7 +148,7 @@ def test_diagnostics_against_numpy(tiny, models):
         dtype="bfloat16",
         parameters={"resample": "exhaustive"},
     )
-    report = population.measure_diagnostics(members, base, merged, tiny, method="selection", seed=0)
+    report = population_diagnostics.measure_diagnostics(members, base, merged, tiny)
     assert list(report["tensors"]) == [name for name, _, _ in arch.hf_tensors(tiny)]
 
     def stored(params):
@@ -187,15 +187,11 @@ def check_numbers(numbers, members, base, merged):
 def test_diagnostics_of_the_average_and_of_an_unchanged_population(tiny, models):
     members, base = models
     merged = population.merge(members, base, tiny, method="average", seed=0, dtype="bfloat16")
-    total = population.measure_diagnostics(members, base, merged, tiny, method="average", seed=0)[
-        "total"
-    ]
+    total = population_diagnostics.measure_diagnostics(members, base, merged, tiny)["total"]
     assert total["lambda_eff"] == pytest.approx(1, abs=1e-3)
     assert total["norm_ratio"] == pytest.approx(np.sqrt(np.mean(total["cosines"])), rel=0.05)
     same = jax.tree.map(lambda x: np.stack([x, x]), base)
-    nothing = population.measure_diagnostics(same, base, base, tiny, method="average", seed=0)[
-        "total"
-    ]
+    nothing = population_diagnostics.measure_diagnostics(same, base, base, tiny)["total"]
     assert nothing["cosines"] == [[None, None], [None, None]]
     assert nothing["lambda_eff"] is None
     assert nothing["unchanged_by_all"] == 1.0

@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from jax_ordermerge import processes
+from jax_ordermerge import processes, user_cache
 from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.checkpoint.orbax import save_timeout
 from jax_ordermerge.commands.doctor.finding import Finding
@@ -45,7 +45,7 @@ def check_storage(config: Config, needs: Needs | None) -> Iterator[Finding]:
     yield from findings
     writable = not any(f.verdict == "error" and f.subject in ("output", "copy") for f in findings)
     is_bucket = remote.address(config.location) is not None
-    parent = _nearest_parent(str(remote.cache()) if is_bucket else config.location)
+    parent = _nearest_parent(str(user_cache.directory()) if is_bucket else config.location)
     # processes that cannot write take part all the same: the others wait for them
     yield from check_shared(parent if writable else None)
     # a process that could not read the base has no sizes, and the others would wait for it
@@ -77,7 +77,7 @@ def check_output(output: str, needed: int | None = None, run: str | None = None)
         # an address that is refused, below, has no copy
         is_valid = output.startswith(("gs://", "s3://"))
         local = str(remote.Mirror(output).local) if is_valid else None
-        disk, copy = check_output(str(remote.cache()), needed, local)
+        disk, copy = check_output(str(user_cache.directory()), needed, local)
         return [disk, copy._replace(subject="copy"), _check_bucket(output)]
     # nothing is created: the run directory is checked at its nearest existing parent
     parent = _nearest_parent(output)

@@ -120,7 +120,8 @@ def _load_with_generators(
     if not any(task.new_tokens for task in tasks):
         yield from ((name, params, None) for name, params in models.load_models(ctx, names))
         return
-    size = stack_models.fitting(config.population.members, ctx.model, ctx.mesh, dtype)
+    members = config.population.members
+    size = stack_models.fitting(len(names), members, ctx.model, ctx.mesh, dtype)
     for start in range(0, len(names), size):
         batch = names[start : start + size]
         loaded = (params for _, params in models.load_models(ctx, batch))

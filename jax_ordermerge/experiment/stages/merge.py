@@ -9,7 +9,6 @@ from jax_ordermerge.experiment.context import RunContext, Stage
 from jax_ordermerge.experiment.run_config import result_layouts
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import RunLayout, read_json, read_search, write_json
-from jax_ordermerge.merge import population as merging
 from jax_ordermerge.search.candidates import Population
 from jax_ordermerge.tree import Tree
 
@@ -106,9 +105,7 @@ def _measure_diagnostics(
         # the lambdas of a chosen merge are not parameters of its method, so the diagnostics that
         # depend on the method do not apply; those of task vectors do
         settings = {"method": AUTO, "seed": settings["seed"]}
-    diagnostics = merging.measure_diagnostics(
-        population.members, population.base, merged, ctx.model, **settings
-    )
+    diagnostics = population.measure_diagnostics(merged, **settings)
     total = diagnostics["total"]
     assert total is not None  # all tensors are of the same members
     values = {key: total[key] for key in ("norm_ratio", "lambda_eff")}
