@@ -7,7 +7,7 @@ Each program is compiled in a process of its own, one at a time (up to 3 GB of m
 chips), and lies in OUT as text (`NAME.hlo`), with its memory and the versions that compiled it in
 `NAME.json`. A program that is there, of the same code and settings, is not compiled again: take
 another OUT for another environment. The table is printed and written to OUT/table.md, from all rows
-that are there; docs/planning.md has it.
+that are there; docs/compiled_steps.md has it.
 
 Both sides have one model, batch and topology: rows of 2,048 tokens, 4 rows per chip, FSDP over all
 chips, full rematerialization, float32 masters and moments of AdamW, products in bfloat16. PYTHON is

@@ -43,6 +43,16 @@ def stream_key_bits(seed: int, *names: str | int) -> np.ndarray:
 def stream(seed: int, *names: str | int) -> "jax.Array":
     """Return the key of a named stream, a scalar key array; see `stream_key_bits`.
 
+    Args:
+        seed: any Python integer.
+        names: purpose of the stream, from coarse to fine, e.g. `"merge", "select", hf_name`.
+
+    Returns:
+        A key of `jax.random`, shape [].
+
+    Raises:
+        TypeError: a name is neither a string nor an integer.
+
     Example:
         >>> key = stream(0, "init", "model.norm.weight")
         >>> key.shape

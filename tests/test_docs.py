@@ -14,7 +14,7 @@ from jax_ordermerge.merge.recipe import schema
 from tests import make_models_page
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SECTIONS = set(Config.model_fields)
 # What a fragment needs besides itself to be a config.
 CONTEXT = {
@@ -38,6 +38,8 @@ def fragments() -> list[tuple[str, str]]:
             continue
         text = page.read_text()
         for block in blocks(text):
+            if "merge_method:" in block:
+                continue
             # consecutive one-line sections may repeat a key: each is an example of its own
             lines = block.splitlines()
             one_line = all(re.match(r"[a-z]+: \{.*\}$", line) for line in lines)
@@ -66,33 +68,48 @@ def test_there_are_sections_on_pages():
     assert len(FRAGMENTS) >= 6
 
 
-def test_the_search_space_of_the_readme_is_valid(tmp_path):
-    text = next(block for block in blocks(PAGES[0].read_text()) if block.startswith("methods:"))
+def test_the_search_space_of_its_page_is_valid(tmp_path):
+    page = (ROOT / "docs" / "which_merge.md").read_text()
+    text = next(block for block in blocks(page) if block.startswith("methods:"))
     (tmp_path / "space.yaml").write_text(text)
     space = read_search(tmp_path / "space.yaml", None, {})
     assert [entry.method for entry in space.methods] == ["task_arithmetic", "ties", "average"]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "{kind: adamw, beta2: 0.95}"])
-def test_optimizers_as_the_readme_writes_them(kind):
-    assert f"`optimizer: {kind}`" in PAGES[0].read_text()
+def test_optimizers_as_the_page_of_settings_writes_them(kind):
+    assert f"`optimizer: {kind}`" in (ROOT / "docs" / "howto" / "settings.md").read_text()
     assert make_config({"training": {"optimizer": yaml.safe_load(kind)}})
 
 
-def test_the_recipe_of_its_page_is_valid():
-    text = next(
-        text for text in blocks((ROOT / "docs" / "recipes.md").read_text()) if "models" in text
-    )
-    recipe = schema.parse(yaml.safe_load(text), "recipes.md")
-    assert recipe.merge_method == "parameter_selection"
-    assert len(recipe.models) == 3
+RECIPES = [
+    (page.name, part)
+    for page in PAGES
+    for block in blocks(page.read_text())
+    for part in block.split("\n---\n")
+    if "merge_method:" in part
+]
 
 
-@pytest.mark.parametrize(("page", "count"), [("paper.md", 42), ("which_merge.md", 9)])
+@pytest.mark.parametrize(("page", "text"), RECIPES, ids=[page for page, _ in RECIPES])
+def test_recipes_on_pages_are_valid(page, text):
+    raw = yaml.safe_load(text)
+    raw.pop("name", None)  # of one of several recipes in a file
+    recipe = schema.parse(raw, page)
+    assert recipe.merge_method == raw["merge_method"]
+
+
+def test_there_are_recipes_on_pages():
+    assert {page for page, _ in RECIPES} >= {"recipes.md", "runs.md", "merge_anything.md"}
+
+
+@pytest.mark.parametrize(
+    ("page", "count"), [("docs/paper.md", 42), ("docs/which_merge.md", 9), ("README.md", 6)]
+)
 def test_estimates_on_pages_are_those_of_the_runs(page, count):
     """What is written by hand about the study is in the table that was computed from its runs."""
     number = r"[-+]\d\.\d{4}"
-    text = " ".join((ROOT / "docs" / page).read_text().split()).partition("<details>")[0]
+    text = " ".join((ROOT / page).read_text().split()).partition("<details>")[0]
     text = re.sub(r"^.*?## What the runs say|## Merging or length.*$", "", text)
     computed = set()
     for path in (ROOT / "docs").glob("results*_hypotheses.csv"):

@@ -24,29 +24,13 @@ def test_files_that_it_names_exist():
     assert not [name for name in linked | named if not (ROOT / name).exists()]
 
 
-def test_every_command_that_it_names_has_help():
+def test_it_is_short():
+    assert len(TEXT.splitlines()) <= 120
+
+
+def test_every_command_of_the_table_has_help():
     commands = sorted(set(re.findall(r"`ordermerge (\w+)", TEXT)))
-    assert commands == [
-        "analyze",
-        "compare",
-        "convert",
-        "data",
-        "diff",
-        "doctor",
-        "evaluate",
-        "generate",
-        "inspect",
-        "judge",
-        "launch",
-        "merge",
-        "plan",
-        "push",
-        "report",
-        "results",
-        "run",
-        "search",
-        "train",
-    ]
+    assert len(commands) >= 8
     for command in commands:
         done = subprocess.run(
             [*ORDERMERGE, command, "--help"], capture_output=True, text=True, check=True

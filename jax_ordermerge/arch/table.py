@@ -87,6 +87,13 @@ _NORMS: Final[dict[NormPlacement, tuple[_Norms, _Norms, _Norms]]] = {
 def tensor_table(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Return every tensor of a model, in the order of the forward pass.
 
+    Args:
+        config: the model.
+
+    Returns:
+        A `TensorSpec` per tensor: path in the parameter dict, shape (layers are stacked on a
+        leading axis `L`), logical axes, initializer and Hugging Face names.
+
     Example:
         >>> config = ModelConfig(
         ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2

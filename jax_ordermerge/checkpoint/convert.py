@@ -91,6 +91,12 @@ def load_params(
 
     Raises:
         UserError: a tensor is missing, unknown or has another shape (see `check_tensors`).
+
+    Example:
+        >>> from jax_ordermerge.checkpoint.resolve import resolve
+        >>> config, params = load_params(resolve("embedded:quickstart"))
+        >>> params["embed"]["weight"].shape == (config.vocab_size, config.hidden_size)
+        True
     """
     config = load_config(directory, ignore)
     # One process reads what is in front of it and maps the files; of several each reads its rows.
@@ -212,6 +218,15 @@ def export(
     Raises:
         UserError: the target is not empty; a value overflows float16; the member does not exist.
         ValueError: the parameters do not fit the config.
+
+    Example:
+        >>> import tempfile
+        >>> from jax_ordermerge.checkpoint.resolve import resolve
+        >>> config, params = load_params(resolve("embedded:quickstart"))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     export(params, config, f"{directory}/model", dtype="float32")
+        ...     sorted(path.name for path in Path(directory, "model").iterdir())
+        ['README.md', 'config.json', 'generation_config.json', 'model.safetensors']
     """
     flat = tree.flatten(params)
     _check_params(flat, config, member)

@@ -10,7 +10,11 @@ import traceback
 from typing import NoReturn
 
 from jax_ordermerge import program_cache
-from jax_ordermerge.cli import runs, single_models  # noqa: F401  (they register their commands)
+from jax_ordermerge.cli import (  # noqa: F401  (they register their commands)
+    reference,
+    runs,
+    single_models,
+)
 from jax_ordermerge.cli.app import app
 from jax_ordermerge.errors import PeerLost, Stopped, UserError, file_error, is_utf8
 from jax_ordermerge.hardware import set_memory_fraction

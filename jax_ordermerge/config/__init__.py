@@ -15,9 +15,6 @@ from jax_ordermerge.config.evaluation import (
 from jax_ordermerge.config.experiment import (
     Analysis,
     Config,
-    Distributed,
-    Mesh,
-    Model,
     check_inputs,
     load_config,
     make_config,
@@ -25,19 +22,17 @@ from jax_ordermerge.config.experiment import (
     read_yaml,
     to_dict,
 )
+from jax_ordermerge.config.model import Distributed, Mesh, Model
+from jax_ordermerge.config.population import Dpo, Objective, Population, Sft
 from jax_ordermerge.config.section import fixed_settings
 from jax_ordermerge.config.training import (
     OPTIMIZERS,
-    Dpo,
     Lora,
     Mixing,
-    Objective,
     Optimizer,
     OptimizerSettings,
     Papa,
-    Population,
     Samples,
-    Sft,
     Tracking,
     Training,
     Wash,

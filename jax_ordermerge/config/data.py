@@ -27,9 +27,12 @@ TemplateName = Literal["auto", "plain", "alpaca", "gsm8k", "chat"]
 class DataSource(Section):
     """One source of examples. What it leaves out is as the section `data` says."""
 
-    path: str = Field(min_length=1, description="as data.train")
+    path: str = Field(min_length=1, description="as data.train", examples=["alpaca.json"])
     name: str | None = Field(
-        None, min_length=1, description="in reports and data.json; by default the path"
+        None,
+        min_length=1,
+        description="in reports and data.json; by default the path",
+        examples=["alpaca"],
     )
     # A multiple of the rows and no share of the mixture: the meaning of one weight then does not
     # depend on the sizes and weights of the other sources.
@@ -40,15 +43,33 @@ class DataSource(Section):
         description="how often an epoch has each row. 0.5: a random half of the rows, chosen once"
         " by the seed; 2: each row twice; 2.5: twice, and that half a third time. For data.train"
         " alone",
+        json_schema_extra={"unit": "times per epoch", "with": "data.train"},
     )
     split: str | None = Field(
-        None, min_length=1, description="of a hub dataset, e.g. train[:10%]; as owner/name@split"
+        None,
+        min_length=1,
+        description="of a hub dataset, e.g. train[:10%]; as owner/name@split",
+        examples=["train[:10%]"],
+        json_schema_extra={"with": "a hub dataset"},
     )
-    format: FormatName | None = None
-    template: TemplateName | None = None
-    columns: dict[str, str] | None = None
-    ignore_columns: tuple[str, ...] | None = None
-    limit: PositiveInt | None = None
+    format: FormatName | None = Field(
+        None, description="as data.format, for this source", examples=["alpaca"]
+    )
+    template: TemplateName | None = Field(
+        None, description="as data.template, for this source", examples=["chat"]
+    )
+    columns: dict[str, str] | None = Field(
+        None, description="as data.columns, for this source", examples=[{"question": "problem"}]
+    )
+    ignore_columns: tuple[str, ...] | None = Field(
+        None, description="as data.ignore_columns, for this source", examples=[["level"]]
+    )
+    limit: PositiveInt | None = Field(
+        None,
+        description="as data.limit, for this source",
+        examples=[1000],
+        json_schema_extra={"unit": "examples"},
+    )
 
     @pydantic.model_serializer(mode="wrap")
     def _write_what_is_set(self, write: pydantic.SerializerFunctionWrapHandler) -> Json:
@@ -114,7 +135,10 @@ class Data(Section):
         " format, template, columns, ignore_columns and limit",
     )
     test: DataSources | None = Field(
-        None, description="held-out examples, never trained on; as train, without weights"
+        None,
+        description="held-out examples, never trained on; as train, without weights",
+        examples=["held_out.jsonl"],
+        json_schema_extra={"with": "not data.test_examples"},
     )
     # Apart from the test examples: the loss of a model that was chosen on examples is too low on
     # them.
@@ -122,37 +146,56 @@ class Data(Section):
         0,
         description="examples set aside from train by seed; the best member, merge or checkpoint"
         " is chosen on them",
+        examples=[256],
+        json_schema_extra={
+            "unit": "examples",
+            "with": "merge.auto and training.checkpoint = best need it",
+        },
     )
     test_examples: NonNegativeInt = Field(
-        0, description="examples set aside from train by seed, where test has no file of its own"
+        0,
+        description="examples set aside from train by seed, where test has no file of its own",
+        examples=[200],
+        json_schema_extra={"unit": "examples", "with": "not data.test"},
     )
     allow_overlap: bool = Field(
         False,
         description="count and report examples that two splits share, instead of refusing them; a"
         " search for a merge refuses shared validation examples all the same",
     )
-    format: FormatName = "auto"
+    format: FormatName = Field("auto", description="form of the rows; auto decides by the columns")
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="names in the files of columns of the format, e.g. {question: problem}",
+        examples=[{"question": "problem"}],
     )
     ignore_columns: tuple[str, ...] = Field(
         (),
         description="columns of rows, or keys such as messages.name, that are passed over. All"
         " others that nothing reads are refused, except for names of metadata such as id, source,"
         " category or *_id",
+        examples=[["messages.name"]],
     )
     template: TemplateName = Field("auto", description="how prompt and response become text")
     date: dt.date | None = Field(
         None,
         description="what chat templates that read the clock print, as 2026-12-31; by default the"
         " day on which the run was started first",
+        examples=["2026-12-31"],
     )
     # 512 is the length in the recipe of Alpaca, from which the defaults of `Training` are, too,
     # except for the batch.
-    max_length: PositiveInt = Field(512, description="tokens per example")
+    max_length: PositiveInt = Field(
+        512,
+        description="tokens per example",
+        json_schema_extra={"unit": "tokens", "with": "the positions of the base"},
+    )
     # Truncation would teach a response without its end, and the model would not learn to stop.
-    too_long: Literal["drop", "truncate"] = "drop"
+    too_long: Literal["drop", "truncate"] = Field(
+        "drop",
+        description="what becomes of longer examples: drop counts them",
+        json_schema_extra={"with": "data.max_length"},
+    )
     learn: Literal["all", "last"] = Field(
         "all",
         description="answers of a conversation that are learned. all: in one example, or in one"
@@ -169,9 +212,14 @@ class Data(Section):
         None,
         description="use only the first so many training examples of each source: rows, or windows"
         " of texts",
+        examples=[1000],
+        json_schema_extra={"unit": "examples"},
     )
     test_limit: PositiveInt | None = Field(
-        None, description="use only the first so many test examples of each source"
+        None,
+        description="use only the first so many test examples of each source",
+        examples=[200],
+        json_schema_extra={"unit": "examples"},
     )
     # With packs all members see the same rows in other orders, which is what an experiment
     # compares. Bins compose new rows for each order.
@@ -179,10 +227,14 @@ class Data(Section):
         "none",
         description="several examples in one row of max_length tokens. packs: examples are packed"
         " once, and packs are ordered; bins: each order is packed by itself",
+        json_schema_extra={"with": "not data.buckets, not dpo; bins: not population.level = batch"},
     )
     # Off by default: each length is a compilation of its own, and waste depends on the data.
     buckets: tuple[PositiveInt, ...] = Field(
-        (), description="padded lengths below max_length; () pads to the longest example"
+        (),
+        description="padded lengths below max_length; () pads to the longest example",
+        examples=[[128, 256]],
+        json_schema_extra={"unit": "tokens", "with": "not data.packing"},
     )
 
     @pydantic.model_validator(mode="after")

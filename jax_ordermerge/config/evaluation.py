@@ -30,13 +30,20 @@ class Task(Section):
     `"Question: {{question}}\\nAnswer:"`.
     """
 
-    name: FileName
+    name: FileName = Field(description="in tables and file names", examples=["problems"])
     # No literal: kinds are the keys of a registry, to which other packages may add.
-    kind: str
+    kind: str = Field(description="how an answer is asked for and compared")
     data: str | None = Field(
-        None, description="file, directory, glob or hub dataset; by default data.test"
+        None,
+        description="file, directory, glob or hub dataset; by default data.test",
+        examples=["gsm8k_test.jsonl"],
     )
-    limit: PositiveInt | None = Field(None, description="use only the first so many items")
+    limit: PositiveInt | None = Field(
+        None,
+        description="use only the first so many items",
+        examples=[100],
+        json_schema_extra={"unit": "items"},
+    )
 
     @property
     def new_tokens(self) -> int:
@@ -48,7 +55,11 @@ class GeneratedTask(Task):
     """Settings of a task for which a model writes text."""
 
     # 256 as in the published evaluations of GSM8K (greedy, 256 new tokens)
-    max_new_tokens: PositiveInt = 256
+    max_new_tokens: PositiveInt = Field(
+        256,
+        description="largest number of tokens of an answer",
+        json_schema_extra={"unit": "tokens"},
+    )
 
     @property
     def new_tokens(self) -> int:
@@ -71,17 +82,29 @@ class FileTask(Task):
 class ShotsTask(Task):
     """Settings of a task that may show solved examples before each item."""
 
-    description: str = Field("", description="text before the shots")
-    shots: NonNegativeInt = Field(0, description="solved examples before each item")
+    description: str = Field(
+        "", description="text before the shots", examples=["Answer in one word.\n"]
+    )
+    shots: NonNegativeInt = Field(
+        0, description="solved examples before each item", json_schema_extra={"unit": "examples"}
+    )
     shots_from: str | None = Field(
-        None, description="file, directory, glob or hub dataset of the shots; by default data.train"
+        None,
+        description="file, directory, glob or hub dataset of the shots; by default data.train",
+        examples=["openai/gsm8k:main@train"],
+        json_schema_extra={"with": "evaluation.tasks.shots"},
     )
     shots_order: Literal["first", "random"] = Field(
         "first",
         description="first: the first examples of their file; random: drawn for each item by"
         " seed and number of the item",
+        json_schema_extra={"with": "evaluation.tasks.shots"},
     )
-    shots_between: str = Field("\n\n", description="text between shots and before the item")
+    shots_between: str = Field(
+        "\n\n",
+        description="text between shots and before the item",
+        json_schema_extra={"with": "evaluation.tasks.shots"},
+    )
 
     @pydantic.model_validator(mode="after")
     def _shots_or_no_settings_of_shots(self) -> "ShotsTask":
@@ -139,10 +162,20 @@ class Evaluation(Section):
     """What every model (base, members, merges) is evaluated on."""
 
     # a matter of memory and time, as the mesh is
-    batch: Annotated[PositiveInt, FREE_TO_CHANGE] = 64
+    batch: Annotated[PositiveInt, FREE_TO_CHANGE] = Field(
+        64, description="rows per forward pass", json_schema_extra={"unit": "rows"}
+    )
     loss: bool = Field(True, description="held-out loss and perplexity on data.test")
-    tasks: tuple[AnyTask, ...] = ()
-    bootstrap: PositiveInt = 1000
+    tasks: tuple[AnyTask, ...] = Field(
+        (),
+        description="what every model is asked besides the held-out loss",
+        examples=[[{"name": "problems", "kind": "gsm8k", "max_new_tokens": 20}]],
+    )
+    bootstrap: PositiveInt = Field(
+        1000,
+        description="resamples of the intervals of differences",
+        json_schema_extra={"unit": "resamples"},
+    )
 
     @pydantic.model_validator(mode="after")
     def _names_differ(self) -> "Evaluation":

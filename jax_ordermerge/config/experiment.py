@@ -3,16 +3,18 @@
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import pydantic
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
 from jax_ordermerge.config.data import Data
 from jax_ordermerge.config.evaluation import PREFERENCES, Evaluation
 from jax_ordermerge.config.merge import AUTO, Merge, Search, checkpoints_merged, merge_name
+from jax_ordermerge.config.model import Distributed, Mesh, Model
 from jax_ordermerge.config.names import name_problem
+from jax_ordermerge.config.population import Objective, Population, Sft
 from jax_ordermerge.config.section import (
     FREE_TO_CHANGE,
     Section,
@@ -21,120 +23,9 @@ from jax_ordermerge.config.section import (
     parse,
     set_value,
 )
-from jax_ordermerge.config.training import (
-    Lora,
-    Objective,
-    Population,
-    Samples,
-    Sft,
-    Tracking,
-    Training,
-)
+from jax_ordermerge.config.training import Lora, Samples, Tracking, Training
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json, JsonRow
-
-AxisSize = Annotated[int, Field(ge=-1)]
-
-
-class Model(Section):
-    """The base model and how it is computed."""
-
-    base: str = Field(
-        "embedded:quickstart",
-        description="HF directory or GGUF file (also gs://, s3://), hub name, embedded:NAME",
-    )
-    init: Literal["pretrained", "random"] = Field(
-        "pretrained", description="random: take only config and tokenizer of the base"
-    )
-    # Masters in float32: bfloat16 keeps 8 bits, and an update below |w| / 512 would be lost.
-    compute_dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="dtype of matmuls; trained parameters stay in float32"
-    )
-    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
-        "auto",
-        description="kernel of training. auto: splash on TPU, cudnn on GPU where it is correct"
-        " (not for packed rows), else xla",
-    )
-    # Not `none` by default: keeping everything costs memory, and in the benchmark on CPU it was not
-    # faster (benchmarks/RESULTS.md).
-    remat: Literal["none", "full", "dots"] = Field(
-        "dots",
-        description="what the backward pass recomputes. dots: all but matmuls, often the fastest;"
-        " full: whole layers, the least memory",
-    )
-    # The options themselves are in `train.compiler_options`, with their sources.
-    compiler_preset: Literal["async_collectives", "no_windowed_einsum"] | None = Field(
-        None,
-        description="compiler options for a kind of devices. async_collectives: members in one"
-        " group on GPU; no_windowed_einsum: TPU",
-    )
-    compiler_options: dict[str, bool | int | float | str] = Field(
-        default_factory=dict,
-        description="options of XLA for the training step, e.g."
-        " {xla_gpu_memory_limit_slop_factor: 200}; one that the compiler does not accept is"
-        " refused",
-    )
-    # A list and no switch: an unknown key may change the mathematics, so each is a decision.
-    ignore_config_keys: tuple[str, ...] = Field(
-        (), description="unknown config.json keys to ignore"
-    )
-
-
-class Mesh(Section):
-    """Sizes of the mesh axes; -1 is all remaining devices."""
-
-    order: AxisSize = Field(
-        1, description="device groups that train different members at the same time"
-    )
-    data: AxisSize = Field(1, description="divides the batch alone")
-    # The remaining devices by default, so that the defaults run on any number of them.
-    fsdp: AxisSize = Field(-1, description="divides parameters and the batch")
-    sequence: AxisSize = Field(
-        1, description="divides the positions of long inputs (context parallel)"
-    )
-    tensor: AxisSize = Field(1, description="divides heads and mlp")
-    # Nothing crosses `order` while members train, so it is the axis for the slow network.
-    dcn: dict[Literal["order", "data", "fsdp", "sequence", "tensor"], AxisSize] = Field(
-        default_factory=dict,
-        description="how axes are divided over TPU slices or GPU nodes, e.g. {order: 2}; by default"
-        " order takes them, then data, then fsdp",
-    )
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The size of each axis."""
-        return self.model_dump(exclude={"dcn"})
-
-
-class Distributed(Section):
-    """Start of several processes."""
-
-    coordinator: str | None = Field(
-        None, description="host:port of process 0, or auto on TPU pods and SLURM"
-    )
-    processes: PositiveInt | None = None
-    index: NonNegativeInt | None = None
-    # Both times are the defaults of `jax.distributed.initialize`.
-    timeout: PositiveInt = Field(300, description="seconds to wait for the peers")
-    heartbeat_timeout: PositiveInt = Field(
-        100,
-        description="seconds after which a silent process ends the others; a broken connection"
-        " ends them at once",
-    )
-
-    @pydantic.model_validator(mode="after")
-    def _started(self) -> "Distributed":
-        # `processes: 1` and `index: 0` only state what happens without a coordinator.
-        defaults = {"processes": 1, "index": 0}
-        ignored = [
-            key for key, value in defaults.items() if getattr(self, key) not in (None, value)
-        ]
-        if ignored and self.coordinator is None:
-            raise ValueError(
-                f"{ignored[0]} would be ignored: without coordinator one process runs alone; give"
-                " coordinator: HOST:PORT, or auto"
-            )
-        return self
 
 
 class Analysis(Section):
@@ -142,34 +33,61 @@ class Analysis(Section):
 
     # a matter of memory and time, as the mesh is
     batch: Annotated[PositiveInt, FREE_TO_CHANGE] = Field(
-        64, description="examples per forward pass"
+        64, description="examples per forward pass", json_schema_extra={"unit": "examples"}
     )
-    bins: PositiveInt = 10
-    bootstrap: PositiveInt = 1000
-    permutations: PositiveInt = 1000
+    bins: PositiveInt = Field(
+        10,
+        description="bins of the position in the pictures of the report",
+        json_schema_extra={"unit": "bins"},
+    )
+    bootstrap: PositiveInt = Field(
+        1000,
+        description="resamples of the intervals of single members and merges",
+        json_schema_extra={"unit": "resamples"},
+    )
+    permutations: PositiveInt = Field(
+        1000,
+        description="permutations of the tests of single members",
+        json_schema_extra={"unit": "permutations"},
+    )
 
 
 class Config(Section):
     """An experiment. Everything random in it follows from `seed`."""
 
-    name: str = "experiment"
+    name: str = Field(
+        "experiment",
+        description="name of the experiment, in paths and reports",
+        json_schema_extra={"with": "output"},
+    )
     # Free to change, because a run directory may be moved or copied before it continues.
     output: Annotated[str, FREE_TO_CHANGE] = Field(
         "runs/{name}",
         description="run directory, or its address: gs:// or s3://; {name} is replaced",
     )
-    seed: int = 0
+    seed: int = Field(
+        0, description="everything random follows from it: orders, splits, draws, initialization"
+    )
     model: Model = Model()
     mesh: Annotated[Mesh, FREE_TO_CHANGE] = Mesh()
     distributed: Annotated[Distributed, FREE_TO_CHANGE] = Distributed()
     data: Data = Data()
     population: Population = Population()
-    objective: Objective = Sft()
+    objective: Objective = Field(
+        Sft(),
+        description="what is minimized: sft (responses) or dpo (preference pairs)",
+        json_schema_extra={"with": "dpo: data with chosen and rejected"},
+    )
     # A factory, because the default optimizer is looked up in its registry. The registry is
     # filled when it is first read, not when this module is imported.
     training: Training = Field(default_factory=Training)
     samples: Annotated[Samples, FREE_TO_CHANGE] = Samples()
-    lora: Lora | None = Field(None, description="null trains all parameters")
+    lora: Lora | None = Field(
+        None,
+        description="null trains all parameters",
+        examples=[{"rank": 16}],
+        json_schema_extra={"with": "model.init = pretrained"},
+    )
     analysis: Analysis = Analysis()
     merge: Merge = Merge()
     evaluation: Evaluation = Evaluation()
@@ -178,6 +96,7 @@ class Config(Section):
         None,
         description="directory that keeps compiled programs for the next start; null is that of"
         " JAX_COMPILATION_CACHE_DIR, by default in the user's cache; off compiles at every start",
+        examples=["~/.cache/ordermerge-programs"],
     )
 
     @property
@@ -404,6 +323,18 @@ def load_config(
 
     Raises:
         UserError: one line that names the key, what was given and what was expected.
+
+    Returns:
+        The config, with every default filled in.
+
+    Example:
+        >>> load_config(None, ["population.members=2"]).population.members
+        2
+        >>> load_config(None, ["population.member=2"])
+        Traceback (most recent call last):
+        ...
+        jax_ordermerge.errors.UserError: config: unknown key population.member
+            (did you mean 'members'?)
     """
     raw = {} if path is None else read_yaml(Path(path))
     # Before validation: a file may be complete only with its overrides, and conflicts are those of

@@ -80,10 +80,18 @@ MethodName = Annotated[str, pydantic.AfterValidator(canonical_method)]
 class Range(Section):
     """A range of numbers. Samplers draw from all of it, a grid takes `steps` spaced values."""
 
-    low: float
-    high: float
+    low: float = Field(
+        description="least value", examples=[0.5], json_schema_extra={"unit": "value of the key"}
+    )
+    high: float = Field(
+        description="largest value", examples=[2.0], json_schema_extra={"unit": "value of the key"}
+    )
     # at least both ends: `values` divides by steps - 1
-    steps: Annotated[int, Field(ge=2)] = 5
+    steps: Annotated[int, Field(ge=2)] = Field(
+        5,
+        description="values of a grid, both ends among them",
+        json_schema_extra={"unit": "values", "with": "merge.auto.sampler = grid"},
+    )
     log: bool = Field(False, description="evenly spaced in the logarithm")
 
     @pydantic.model_validator(mode="after")
@@ -135,7 +143,12 @@ class Trajectory(Section):
     """Which checkpoints of a member are averaged before the members are merged."""
 
     last: Annotated[int, Field(ge=2)] = Field(
-        description="how many of the last checkpoints that training.checkpoint_every saves"
+        description="how many of the last checkpoints that training.checkpoint_every saves",
+        examples=[4],
+        json_schema_extra={
+            "unit": "checkpoints",
+            "with": "training.checkpoint_every; not training.checkpoint = best",
+        },
     )
     weights: CheckpointWeights = Field(
         "equal",
@@ -147,24 +160,41 @@ class Trajectory(Section):
 class Entry(Section):
     """A family of candidates: a merge method, and a value, choices or a range for each setting."""
 
-    method: MethodName
-    parameters: dict[str, SearchValue] = Field(default_factory=dict)
-    scale: SearchValue = Field(1.0, description="lambda, a factor of the merged task vector")
+    method: MethodName = Field(description="a merge method", examples=["ties"])
+    parameters: dict[str, SearchValue] = Field(
+        default_factory=dict,
+        description="of the method: a value, a list of choices, or a range {low, high, steps, log}",
+        examples=[{"density": [0.2, 0.5]}],
+    )
+    scale: SearchValue = Field(
+        1.0,
+        description="lambda, a factor of the merged task vector",
+        json_schema_extra={"unit": "factor"},
+    )
     groups: dict[str, SearchValue] = Field(
         default_factory=dict,
         description="lambda of groups of tensors, times `scale`: embedding, attention, mlp, norm,"
         " head, or layers:FIRST-LAST (from 0)",
+        examples=[{"mlp": [0.8, 1.2], "layers:0-3": 1.1}],
+        json_schema_extra={"unit": "factor"},
     )
     weights: Literal["equal", "simplex"] | tuple[tuple[NonNegativeFloat, ...], ...] = Field(
         "equal",
         description="weights of the members. A list holds choices; simplex: any weights that sum to"
         " 1 (not with a grid)",
+        json_schema_extra={"unit": "share"},
     )
     seed: SearchValue = Field(
-        None, description="seed of methods that draw; by default the seed of the run"
+        None,
+        description="seed of methods that draw; by default the seed of the run",
+        examples=[[0, 1]],
+        json_schema_extra={"with": "a method that draws"},
     )
     checkpoints: Trajectory | None = Field(
-        None, description="merge averages of each member's last checkpoints; null merges the last"
+        None,
+        description="merge averages of each member's last checkpoints; null merges the last",
+        examples=[{"last": 4}],
+        json_schema_extra={"with": "training.checkpoint_every"},
     )
 
     # A search that an earlier version began has losses of the same candidates, and goes on.
@@ -205,7 +235,12 @@ class Search(Section):
     """
 
     # A factory: the entries are validated when they are needed, not at import.
-    methods: tuple[Entry, ...] = Field(default_factory=_default_entries)
+    methods: tuple[Entry, ...] = Field(
+        default_factory=_default_entries,
+        description="families of candidates",
+        examples=[[{"method": "ties", "parameters": {"density": [0.2, 0.5, 0.8]}}]],
+        json_schema_extra={"with": "merge.auto.budget"},
+    )
     lambdas: Range = Field(
         # A factory, as above. As wide as the line of the average among the methods, in steps of
         # 0.1.
@@ -216,26 +251,34 @@ class Search(Section):
         (LOSS,),
         description="what is minimized: loss; a task of `evaluation` (its share of wrong answers);"
         " or a list: the mean of these, each divided by that of the mean member",
+        json_schema_extra={"with": "evaluation.tasks, unless loss"},
     )
     loss_margin: NonNegativeFloat = Field(
         0.005,
         description="a winner whose validation loss is higher than that of the best member by more"
         " than this is not shipped",
+        json_schema_extra={"unit": "nats per token"},
     )
     task_margin: NonNegativeFloat = Field(
         0.01,
         description="the same for the share of wrong answers of every task that can be measured on"
         " validation examples",
+        json_schema_extra={"unit": "share"},
     )
-    budget: PositiveInt = Field(200, description="largest number of candidates from `methods`")
+    budget: PositiveInt = Field(
+        200,
+        description="largest number of candidates from `methods`",
+        json_schema_extra={"unit": "candidates"},
+    )
     # The grid needs no optional package, and its candidates do not depend on a seed.
     sampler: Sampler = Field("grid", description="grid, random; tpe, cma-es (extra: search)")
     smallest: PositiveInt = Field(
         16,
         description="validation examples of the first round, in which all candidates are measured",
+        json_schema_extra={"unit": "examples", "with": "data.validation_examples"},
     )
     seed: int | None = Field(
-        None, description="seed of draws and subsets; by default the seed of the run"
+        None, description="seed of draws and subsets; by default the seed of the run", examples=[0]
     )
 
     @pydantic.field_validator("measure", mode="before")
@@ -257,24 +300,48 @@ class MergeSpec(Section):
     """One merge: a method of the table and its parameters."""
 
     name: str | None = Field(
-        None, min_length=1, description="directory name, by default method and seed"
+        None,
+        min_length=1,
+        description="directory name, by default method and seed",
+        examples=["average-lambda1.2"],
     )
     method: MethodName = Field(
-        description="a merge method; greedy_soup needs data.validation_examples"
+        description="a merge method; greedy_soup needs data.validation_examples", examples=["ties"]
     )
-    seed: int | None = Field(None, description="by default the seed of the run")
+    seed: int | None = Field(
+        None,
+        description="seed of a method that draws; by default the seed of the run",
+        examples=[3],
+        json_schema_extra={"with": "not merge.methods.seeds"},
+    )
     # Excluded from dumps: a resolved config lists the single merges that this stands for.
     seeds: tuple[int, ...] = Field(
         (),
         description="one merge per seed, named NAME-seedS; the report summarizes them together",
         exclude=True,
+        examples=[[0, 1, 2]],
+        json_schema_extra={"with": "not merge.methods.seed"},
     )
     weights: tuple[NonNegativeFloat, ...] | None = Field(
-        None, description="one weight per member; by default equal"
+        None,
+        description="one weight per member; by default equal",
+        examples=[[1, 2, 1, 1]],
+        json_schema_extra={
+            "unit": "share",
+            "with": "population.members, of which there are as many",
+        },
     )
-    parameters: Json = Field(default_factory=dict)
+    parameters: Json = Field(
+        default_factory=dict,
+        description="of the method",
+        examples=[{"density": 0.5}],
+        json_schema_extra={"with": "merge.methods.method"},
+    )
     checkpoints: Trajectory | None = Field(
-        None, description="merge averages of each member's last checkpoints; null merges the last"
+        None,
+        description="merge averages of each member's last checkpoints; null merges the last",
+        examples=[{"last": 4}],
+        json_schema_extra={"with": "training.checkpoint_every"},
     )
 
     @pydantic.model_validator(mode="after")
@@ -319,19 +386,26 @@ class Merge(Section):
     # The dtype is part of the experiment: it decides how many elements of a member equal the base,
     # and so what resampling draws again.
     dtype: Dtype | None = Field(
-        None, description="dtype of exported members and merges; null is that of the base"
+        None,
+        description="dtype of exported members and merges; null is that of the base",
+        examples=["float32"],
     )
     fisher_examples: PositiveInt = Field(
-        256, description="training examples on which method fisher estimates the information"
+        256,
+        description="training examples on which method fisher estimates the information",
+        json_schema_extra={"unit": "examples", "with": "method fisher"},
     )
     methods: tuple[MergeSpec, ...] = Field(
         (MergeSpec(method="average"), MergeSpec(method="selection")),
-        description="none by default if auto is given",
+        description="merges of the members; none by default if auto is given",
+        examples=[[{"method": "ties", "parameters": {"density": 0.5}}]],
     )
     auto: Search | None = Field(
         None,
         description="search for the best merge on validation data, exported as `auto`;"
         " `merge: auto` is short for it",
+        examples=[{"budget": 100}],
+        json_schema_extra={"with": "data.validation_examples"},
     )
     # The other populations are there for their differences, which need no files: all merges of six
     # populations of a 7B model are a terabyte.
@@ -339,6 +413,7 @@ class Merge(Section):
         "first",
         description="with population.replicates: whose merges are written as models, those of the"
         " first population or of all; the others are merged in memory and evaluated",
+        json_schema_extra={"with": "population.replicates"},
     )
     controls: tuple[Control, ...] = Field(
         DEFAULT_CONTROLS,

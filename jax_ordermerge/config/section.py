@@ -1,5 +1,6 @@
 """Sections of YAML: strict validation, choices by `kind`, and error messages of one line."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Literal, Protocol, TypeVar, get_args, get_origin
 
@@ -237,9 +238,21 @@ def parse(section: type[SectionType], raw: JsonRow, where: str) -> SectionType:
         raise UserError(f"{where}: {error.object!r} is not UTF-8; rename it") from error
 
 
-def one_of(
-    *sections: type[Section], noun: str, default: str | None = None
-) -> pydantic.BeforeValidator:
+@dataclasses.dataclass(frozen=True)
+class Choice(pydantic.BeforeValidator):
+    """The validator of a choice by `kind`, which also says what may be chosen.
+
+    Attributes:
+        kinds: returns the section of each kind, by its name. A function, since the entries of a
+            registry may be registered later.
+        default: the kind where the settings name none.
+    """
+
+    kinds: Callable[[], dict[str, type[Section]]] = dict
+    default: str | None = None
+
+
+def one_of(*sections: type[Section], noun: str, default: str | None = None) -> "Choice":
     """Return a validator for a closed choice: each section has its own literal `kind`.
 
     Args:
@@ -267,7 +280,7 @@ def one_of(
 
 def registered(
     registry: Mapping[str, HasSettings], noun: str, default: str | None = None
-) -> pydantic.BeforeValidator:
+) -> "Choice":
     """Return a validator for an open choice: the entries of a registry bring their settings.
 
     Args:
@@ -283,7 +296,7 @@ def registered(
 # registered later. So a choice is validated here, and pydantic receives the resulting section.
 def _by_kind(
     kinds: Iterable[str], settings: Callable[[str], type[Section]], noun: str, default: str | None
-) -> pydantic.BeforeValidator:
+) -> "Choice":
     def validate(value: object) -> object:
         raw = {"kind": value} if isinstance(value, str) else value
         if not isinstance(raw, dict):
@@ -307,7 +320,10 @@ def _by_kind(
             cause = error
             raise _PathError(lambda path: _one_line(cause, settings(kind), path, kind)) from error
 
-    return pydantic.BeforeValidator(validate)
+    def sections() -> dict[str, type[Section]]:
+        return {kind: settings(kind) for kind in kinds}
+
+    return Choice(validate, kinds=sections, default=default)
 
 
 class _PathError(ValueError):

@@ -1,4 +1,4 @@
-"""Sections on training: members and orders, objective, optimizer, adapters, what is logged.
+"""Sections on training: schedule, optimizer, mixing, adapters, what is logged.
 
 The optimizers are registered by the modules of `jax_ordermerge.train.optimizers`, one module for
 each. They bring their settings with them.
@@ -18,7 +18,6 @@ from pydantic import (
 )
 
 from jax_ordermerge.config.section import FREE_TO_CHANGE, Section, one_of, registered
-from jax_ordermerge.errors import UserError
 from jax_ordermerge.registry import Registry
 
 if TYPE_CHECKING:
@@ -27,115 +26,6 @@ if TYPE_CHECKING:
 Fraction = Annotated[float, Field(ge=0, lt=1)]  # of a running mean: 1 would never change it
 Share = Annotated[float, Field(gt=0, le=1)]
 
-
-class Population(Section):
-    """The members and the orders in which they see the data."""
-
-    members: PositiveInt = Field(
-        4, description="members of a population: how many times the base is fine-tuned"
-    )
-    # A difference between two merges of one population is an accident of its orders in part. Only
-    # further populations say how large a part.
-    replicates: PositiveInt = Field(
-        1,
-        description="independent populations of so many members; each has orders of its own and is"
-        " merged by itself, and differences get an error over populations",
-    )
-    wave: PositiveInt | None = Field(
-        None,
-        description="members trained at the same time; by default as many as fit in memory",
-    )
-    # `batch` keeps the composition of batches (is it position or diversity?), `same` gives all
-    # members one order as a control, `balanced` and `reverse` spread the positions of each sample
-    # by design.
-    level: Literal["sample", "batch", "balanced", "same", "reverse"] = Field(
-        "sample", description="what the orders permute"
-    )
-    reshuffle: Literal["each_epoch", "never"] = "each_epoch"
-    # Without dropout, because there is none in training: a member's batch decides its update.
-    vary: Literal["order", "init", "all"] = Field(
-        "order",
-        description="what differs between members: their order; with lora the initialization of"
-        " their adapters (init), all in the order of the first member; or all of these",
-    )
-
-    # "before": the type would only list what is allowed
-    @pydantic.field_validator("vary", mode="before")
-    @classmethod
-    def _no_dropout(cls, value: object) -> object:
-        if value == "dropout":
-            raise ValueError(
-                "population.vary = dropout: there is no dropout in training, so it cannot differ;"
-                " give order, init or all"
-            )
-        return value
-
-    @property
-    def total(self) -> int:
-        """Members of all populations. They are numbered on, and trained as one population."""
-        return self.members * self.replicates
-
-    # A method and no validator: `mesh.order` may be -1, which only the devices resolve.
-    def check_groups(self, groups: int) -> None:
-        """Check that the device groups of a mesh share the members evenly.
-
-        Args:
-            groups: size of the mesh axis `order`.
-
-        Raises:
-            UserError: they do not.
-
-        Example:
-            >>> Population(members=4).check_groups(2)
-        """
-        # Each group trains the same number of members: a group that waits is paid for as well.
-        total = "members x replicates" if self.replicates > 1 else "members"
-        for key, members in ((total, self.total), ("wave", self.wave or groups)):
-            if members % groups:
-                raise UserError(
-                    f"population.{key} = {members} is not a multiple of the order axis"
-                    f" ({groups} device groups); change one"
-                )
-
-
-# -------------------------------------------------------------------------------------- objective
-
-
-class Sft(Section):
-    """Supervised fine-tuning: the loss of the responses."""
-
-    kind: Literal["sft"] = "sft"
-
-
-class Dpo(Section):
-    """Direct preference optimization: the loss of preference pairs, with the base as reference."""
-
-    kind: Literal["dpo"] = "dpo"
-    # the default of TRL
-    beta: PositiveFloat = Field(
-        0.1, description="strength of the pull towards the base; tau in the paper on ipo"
-    )
-    loss: Literal["sigmoid", "ipo"] = Field(
-        "sigmoid", description="-log sigmoid of the margin, or its squared distance to a target"
-    )
-    # below 0.5, where a preference would say nothing
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="sigmoid: share of pairs whose preference is assumed to be flipped"
-    )
-
-    @pydantic.model_validator(mode="after")
-    def _smoothing_goes_with_sigmoid(self) -> "Dpo":
-        # the loss ipo has no term for it, so it would be ignored silently
-        if self.loss == "ipo" and self.label_smoothing:
-            raise ValueError(
-                "label_smoothing goes with loss = sigmoid; set it to 0, or the loss to sigmoid"
-            )
-        return self
-
-
-Objective = Annotated[
-    Sft | Dpo, Field(discriminator="kind"), one_of(Sft, Dpo, noun="objective", default="sft")
-]
 
 # --------------------------------------------------------------------------------------- schedule
 
@@ -157,7 +47,9 @@ class Wsd(Section):
 
     kind: Literal["wsd"] = "wsd"
     decay: PositiveFloat = Field(
-        0.1, description="length of the decay: a fraction of all steps if below 1, else steps"
+        0.1,
+        description="length of the decay: a fraction of all steps if below 1, else steps",
+        json_schema_extra={"unit": "share of all steps, or steps"},
     )
 
 
@@ -249,8 +141,14 @@ class Wash(Section):
     """Members that swap a few of their parameters."""
 
     kind: Literal["wash"] = "wash"
-    every: PositiveInt = Field(1, description="steps from one mixing to the next")
-    fraction: Share = Field(0.001, description="share of the elements that are swapped each time")
+    every: PositiveInt = Field(
+        1, description="steps from one mixing to the next", json_schema_extra={"unit": "steps"}
+    )
+    fraction: Share = Field(
+        0.001,
+        description="share of the elements that are swapped each time",
+        json_schema_extra={"unit": "share"},
+    )
     depth: Literal["constant", "decreasing"] = Field(
         "decreasing",
         description="the same fraction in every layer, or one that falls from the embedding to 0"
@@ -262,10 +160,14 @@ class Papa(Section):
     """Members that are drawn to their mean."""
 
     kind: Literal["papa"] = "papa"
-    every: PositiveInt = Field(10, description="steps from one mixing to the next")
+    every: PositiveInt = Field(
+        10, description="steps from one mixing to the next", json_schema_extra={"unit": "steps"}
+    )
     # 1 - alpha of the paper (https://arxiv.org/abs/2304.03094); 1 is its PAPA-all.
     rate: Share = Field(
-        0.01, description="how far members move to the mean each time; 1 is all of the way"
+        0.01,
+        description="how far members move to the mean each time; 1 is all of the way",
+        json_schema_extra={"unit": "share"},
     )
 
 
@@ -279,29 +181,50 @@ class Training(Section):
 
     # Epochs, learning rate, schedule, warm-up and weight decay are the published recipe of Alpaca
     # for Llama-7B, which GSM8K and code recipes share.
-    epochs: PositiveInt = 3
-    batch: PositiveInt = Field(32, description="examples, or packed rows, per optimizer step")
+    epochs: PositiveInt = Field(
+        3,
+        description="how often each member sees every training example",
+        json_schema_extra={"unit": "epochs"},
+    )
+    batch: PositiveInt = Field(
+        32,
+        description="examples, or packed rows, per optimizer step",
+        json_schema_extra={"unit": "examples", "with": "mesh.data and mesh.fsdp, which divide it"},
+    )
     # A matter of memory only: the sum over microbatches is the gradient of the batch.
     microbatch: PositiveInt | None = Field(
         None,
         description="examples, or packed rows, per forward pass; below batch it accumulates"
         " gradients",
+        examples=[8],
+        json_schema_extra={"unit": "examples", "with": "training.batch, which it divides"},
     )
-    optimizer: AnyOptimizer = Field(default_factory=_adamw)
+    optimizer: AnyOptimizer = Field(
+        default_factory=_adamw,
+        description="direction of the updates",
+        json_schema_extra={"with": "training.learning_rate"},
+    )
     learning_rate: PositiveFloat = Field(
-        2e-5, description="at its peak; optimizers need different magnitudes"
+        2e-5,
+        description="at its peak; optimizers need different magnitudes",
+        json_schema_extra={"unit": "per step", "with": "training.optimizer"},
     )
     schedule: Schedule = Field(Cosine(), description="learning rate after the warm-up")
     # Published recipes give either form: 3 % of the steps, or 10 steps. One key takes both.
     warmup: NonNegativeFloat = Field(
-        0.03, description="length of the warm-up: a fraction of all steps if below 1, else steps"
+        0.03,
+        description="length of the warm-up: a fraction of all steps if below 1, else steps",
+        json_schema_extra={"unit": "share of all steps, or steps"},
     )
     final_fraction: NonNegativeFloat = Field(
-        0.0, description="learning rate at the end, as a fraction of its peak"
+        0.0,
+        description="learning rate at the end, as a fraction of its peak",
+        json_schema_extra={"unit": "share", "with": "training.schedule"},
     )
     weight_decay: NonNegativeFloat = Field(
         0.0,
         description="times the learning rate; for sgd it is added to the gradient, as in torch",
+        json_schema_extra={"unit": "per step", "with": "training.decay_on"},
     )
     decay_on: Literal["matrices", "hidden", "all"] = Field(
         "matrices",
@@ -314,24 +237,40 @@ class Training(Section):
         None,
         description="decay of an exponential moving average of the weights, bias-corrected; the"
         " averages are then analyzed, merged and exported as the members",
+        examples=[0.999],
+        json_schema_extra={"unit": "per step"},
     )
     clip_norm: PositiveFloat | None = Field(
-        1.0, description="largest global gradient norm; null does not clip"
+        1.0,
+        description="largest global gradient norm; null does not clip",
+        json_schema_extra={"unit": "norm of the gradient"},
     )
     # Off by default: a mixed member has learned from other orders than its own.
-    mixing: Mixing | None = Field(None, description="null: members train independently")
+    mixing: Mixing | None = Field(
+        None,
+        description="null: members train independently",
+        examples=["wash"],
+        json_schema_extra={"with": "two members or more, all at once; not population.replicates"},
+    )
     # How often to save changes no result, so it may change when a run continues.
     checkpoint_every: Annotated[PositiveInt | None, FREE_TO_CHANGE] = Field(
-        None, description="steps; null saves at the end of each epoch"
+        None,
+        description="steps between checkpoints; null saves at the end of each epoch",
+        examples=[100],
+        json_schema_extra={"unit": "steps"},
     )
     # In minutes, because that is what a machine that is taken away costs.
     checkpoint_minutes: Annotated[PositiveFloat | None, FREE_TO_CHANGE] = Field(
         None,
         description="saves also where the last checkpoint is older, at the next step that is"
         " logged; for machines that may be taken away. null does not",
+        examples=[10],
+        json_schema_extra={"unit": "minutes"},
     )
     keep_checkpoints: Annotated[PositiveInt, FREE_TO_CHANGE] = Field(
-        2, description="how many of the latest checkpoints are kept"
+        2,
+        description="how many of the latest checkpoints are kept",
+        json_schema_extra={"unit": "checkpoints"},
     )
     # Of a network share of a few TiB. A local disk is faster, and then nothing depends on it.
     checkpoint_bandwidth: Annotated[PositiveFloat, FREE_TO_CHANGE] = Field(
@@ -339,6 +278,7 @@ class Training(Section):
         description="MB per second, of all processes together, at which the storage takes a"
         " checkpoint: plans count with it, and a save that takes three times as long has failed"
         " (20 minutes at least)",
+        json_schema_extra={"unit": "MB per second"},
     )
     # Not free to change: it decides which weights are merged.
     checkpoint: Literal["last", "best"] = Field(
@@ -346,18 +286,27 @@ class Training(Section):
         description="weights of each member that are analyzed, merged and exported: the last, or"
         " those with its lowest validation loss (needs data.validation_examples, and memory for"
         " one more copy of the trained parameters)",
+        json_schema_extra={"with": "best: data.validation_examples"},
     )
     validate_every: PositiveInt | None = Field(
         None,
         description="steps between validation losses; null is the end of each epoch with"
         " checkpoint: best, else never",
+        examples=[50],
+        json_schema_extra={"unit": "steps", "with": "data.validation_examples"},
     )
-    log_every: Annotated[PositiveInt, FREE_TO_CHANGE] = 10
+    log_every: Annotated[PositiveInt, FREE_TO_CHANGE] = Field(
+        10,
+        description="steps between lines of metrics/train.jsonl",
+        json_schema_extra={"unit": "steps"},
+    )
     # A median, because a mean would rise with the spikes that it should find.
     spike: Annotated[float | None, Field(gt=1), FREE_TO_CHANGE] = Field(
         None,
         description="stop where a member's loss exceeds its median of the last 50 steps by this"
         " factor; null does not",
+        examples=[4],
+        json_schema_extra={"unit": "times the median"},
     )
 
     @property
@@ -378,8 +327,14 @@ class Lora(Section):
     with `population.vary` the initialization of A, is all that differs between members.
     """
 
-    rank: PositiveInt = 8
-    alpha: PositiveFloat = Field(16.0, description="the change is scaled by alpha / rank")
+    rank: PositiveInt = Field(
+        8, description="rank of B A", json_schema_extra={"unit": "dimensions"}
+    )
+    alpha: PositiveFloat = Field(
+        16.0,
+        description="the change is scaled by alpha / rank",
+        json_schema_extra={"unit": "factor"},
+    )
     # rsLoRA (https://arxiv.org/abs/2312.03732): alpha / rank shrinks updates of high ranks.
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
     targets: tuple[str, ...] = Field(
@@ -406,15 +361,28 @@ class Samples(Section):
     """
 
     every: PositiveInt | None = Field(
-        None, description="steps between answers, and after the last step; null asks nothing"
+        None,
+        description="steps between answers, and after the last step; null asks nothing",
+        examples=[50],
+        json_schema_extra={"unit": "steps"},
     )
     prompts: tuple[str, ...] = Field(
         (),
         description="in the template of the data; by default the first validation examples, else"
         " the first test examples",
+        examples=[["How many legs has a spider?"]],
+        json_schema_extra={"with": "samples.every"},
     )
-    count: PositiveInt = Field(4, description="number of examples where no prompts are given")
-    max_new_tokens: PositiveInt = 64
+    count: PositiveInt = Field(
+        4,
+        description="number of examples where no prompts are given",
+        json_schema_extra={"unit": "examples", "with": "samples.every, without samples.prompts"},
+    )
+    max_new_tokens: PositiveInt = Field(
+        64,
+        description="largest number of tokens of an answer",
+        json_schema_extra={"unit": "tokens", "with": "samples.every"},
+    )
 
 
 class Tracking(Section):
@@ -425,5 +393,8 @@ class Tracking(Section):
         False, description="event files in tracking/ of the run directory (extra: tensorboard)"
     )
     wandb: str | None = Field(
-        None, description="project on Weights & Biases (extra: wandb); null does not use it"
+        None,
+        description="project on Weights & Biases (extra: wandb); null does not use it",
+        examples=["my-project"],
+        json_schema_extra={"with": "extra wandb"},
     )

@@ -56,6 +56,12 @@ def run(config: Config, *, through: str = "report", log: Log = print) -> Path:
 
     Raises:
         UserError: bad input; nothing has been written then.
+
+    Example:
+        >>> from jax_ordermerge.config import load_config
+        >>> config = load_config("configs/quickstart.yaml", ["output=runs/two"])  # doctest: +SKIP
+        >>> run(config, through="train")  # doctest: +SKIP
+        PosixPath('runs/two')
     """
     stages = STAGES[: STAGES.index(find_stage(through)) + 1]
     with local_run(config, log) as (local, copy):

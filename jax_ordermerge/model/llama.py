@@ -320,11 +320,21 @@ def forward(
     hold the logits of all tokens.
 
     Args:
-        config, params, tokens_BT, positions_BT, segments_BT, cache, dtype: see `hidden`.
+        config: the model; static under `jax.jit`.
+        params: the dict of `tensor_table(config)`.
+        tokens_BT: int32 in [0, V).
+        positions_BT: int32 position inside the document, growing with T inside a segment.
+        segments_BT: int32 document number, 0 on padding. A token sees the earlier positions of its
+            own segment.
+        cache: from `init_cache`, with at least T free slots.
+        dtype: dtype of the products, float32 or bfloat16.
         last_only: return the logits of the last position alone, [B, 1, V].
 
+    Returns:
+        The logits, and the cache with the tokens written at `cache.length`; None without one.
+
     Raises:
-        ValueError: see `hidden`.
+        ValueError: more tokens than the cache has slots.
 
     Example:
         >>> config = ModelConfig(
@@ -377,6 +387,9 @@ def init_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh | None =
         config: the model.
         seed: seed of the run.
         mesh: where the arrays live, sharded by their logical axes; None is the default device.
+
+    Returns:
+        The dict of `tensor_table(config)`, layers stacked on a leading axis `L`.
 
     Example:
         >>> config = ModelConfig(

@@ -15,7 +15,7 @@ from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.collectives import Collectives
 from jax_ordermerge.plan.results import ExperimentPlan, OptionPlan, Plan, ProgramPlan, Settings
 
-# wide enough for both options side by side; docs/planning.md shows the text as it is
+# wide enough for both options side by side; docs/plans_7b_70b.md shows the text as it is
 _WIDTH = 130
 _MEMORY_KINDS = ("parameters", "optimizer", "base", "batch", "temporaries", "total")
 # The keys of the JSON document are its interface: they stay when fields of a plan are renamed.

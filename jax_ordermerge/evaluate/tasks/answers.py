@@ -50,16 +50,25 @@ class AnswerTask(GeneratedTask, ShotsTask):
         None,
         description="template of the question; by default rows are read and templated as the"
         " training data are",
+        examples=["Question: {{question}}\nAnswer:"],
+        json_schema_extra={"with": "evaluation.tasks.response"},
     )
     response: str | None = Field(
-        None, description="template of what follows the prompt in a shot (' {{answer}}')"
+        None,
+        description="template of what follows the prompt in a shot (' {{answer}}')",
+        examples=[" {{answer}}"],
+        json_schema_extra={"with": "evaluation.tasks.prompt"},
     )
     reference: str | None = Field(
         None,
         description="template of the right answer; by default the response without spaces around"
         " it",
+        examples=["{{answer}}"],
+        json_schema_extra={"with": "evaluation.tasks.prompt"},
     )
-    stop: tuple[str, ...] = Field((), description="an answer ends before the first of these texts")
+    stop: tuple[str, ...] = Field(
+        (), description="an answer ends before the first of these texts", examples=[["Question:"]]
+    )
 
     @pydantic.model_validator(mode="after")
     def _templates_fit(self) -> "AnswerTask":

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 class OutputTask(FileTask, GeneratedTask):
     """A task whose answers are scored by a judge outside the run."""
 
-    stop: tuple[str, ...] = Field((), description="an answer ends before the first of these texts")
+    stop: tuple[str, ...] = Field(
+        (), description="an answer ends before the first of these texts", examples=[["Question:"]]
+    )
 
 
 def run(task: OutputTask, model: EvalModel, inputs: "TaskInputs") -> TaskResult:

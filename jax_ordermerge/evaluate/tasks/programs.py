@@ -42,17 +42,35 @@ class ProgramTask(FileTask, GeneratedTask):
     """A task for which a model writes programs."""
 
     samples: PositiveInt = Field(
-        1, description="programs drawn per problem, for pass@1, pass@10 and pass@100"
+        1,
+        description="programs drawn per problem, for pass@1, pass@10 and pass@100",
+        json_schema_extra={"unit": "programs", "with": "temperature above 0"},
     )
-    temperature: NonNegativeFloat = Field(0.0, description="0 is greedy")
-    top_k: PositiveInt | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: NonNegativeFloat = Field(
+        0.0, description="0 is greedy", json_schema_extra={"unit": "factor of the logits"}
+    )
+    top_k: PositiveInt | None = Field(
+        None,
+        description="draw among so many likely tokens",
+        examples=[40],
+        json_schema_extra={"unit": "tokens", "with": "temperature above 0"},
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="draw within this probability",
+        examples=[0.95],
+        json_schema_extra={"unit": "probability", "with": "temperature above 0"},
+    )
     template: Literal["published", "chat"] = Field(
         "published",
         description="chat: the problem is a user's turn in the chat template of the model, and the"
         " answer is read as a block of code",
     )
-    timeout: PositiveFloat = Field(10.0, description="seconds for a program with its tests")
+    timeout: PositiveFloat = Field(
+        10.0,
+        description="seconds for a program with its tests",
+        json_schema_extra={"unit": "seconds"},
+    )
 
     @pydantic.model_validator(mode="after")
     def _draws_need_a_temperature(self) -> "ProgramTask":

@@ -120,7 +120,9 @@ def prepare(
     granularity: Granularity = "element",
     child: Annotated[int, Field(ge=0)] | None = None,
 ) -> Prepared:
-    """Parameter selection; see `select`.
+    """Parameter selection: theta_j = theta_ij, with a member i drawn for each element j.
+
+    Nothing is computed: the result consists of bits of the members. See `select`.
 
     Args:
         tensor: its weights are the probabilities p. 1/M by default.

@@ -18,10 +18,20 @@ class Adafactor(OptimizerSettings):
     Source: Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235.
     """
 
-    epsilon: PositiveFloat = Field(1e-30, description="added to the squared gradient")
-    decay_rate: Fraction = Field(0.8, description="beta2 of step t is 1 - t^-decay_rate")
+    epsilon: PositiveFloat = Field(
+        1e-30,
+        description="added to the squared gradient",
+        json_schema_extra={"unit": "squared gradient"},
+    )
+    decay_rate: Fraction = Field(
+        0.8,
+        description="beta2 of step t is 1 - t^-decay_rate",
+        json_schema_extra={"unit": "exponent"},
+    )
     min_dim_size_to_factor: PositiveInt = Field(
-        128, description="a matrix with a smaller side keeps the second moment of every element"
+        128,
+        description="a matrix with a smaller side keeps the second moment of every element",
+        json_schema_extra={"unit": "elements"},
     )
     scale_parameter: bool = Field(
         True, description="the learning rate is relative to the RMS of each tensor"

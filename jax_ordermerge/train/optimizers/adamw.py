@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 
 from jax_ordermerge.arch import TensorSpec
 from jax_ordermerge.config.training import OPTIMIZERS, Fraction, Optimizer, OptimizerSettings
@@ -18,9 +18,21 @@ class AdamW(OptimizerSettings):
     Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
 
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
-    epsilon: PositiveFloat = 1e-8
+    beta1: Fraction = Field(
+        0.9,
+        description="decay of the mean of the gradients",
+        json_schema_extra={"unit": "per step"},
+    )
+    beta2: Fraction = Field(
+        0.999,
+        description="decay of the mean of their squares",
+        json_schema_extra={"unit": "per step"},
+    )
+    epsilon: PositiveFloat = Field(
+        1e-8,
+        description="added to the root of the mean square",
+        json_schema_extra={"unit": "gradient"},
+    )
 
 
 def direction(settings: AdamW, table: Sequence[TensorSpec]) -> "optax.GradientTransformation":

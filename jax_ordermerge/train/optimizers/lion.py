@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from jax_ordermerge.arch import TensorSpec
 from jax_ordermerge.config.training import OPTIMIZERS, Fraction, Optimizer, OptimizerSettings
 
@@ -16,8 +18,14 @@ class Lion(OptimizerSettings):
     Source: Chen et al. 2023, https://arxiv.org/abs/2302.06675.
     """
 
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.99
+    beta1: Fraction = Field(
+        0.9, description="share of the mean in the sign", json_schema_extra={"unit": "per step"}
+    )
+    beta2: Fraction = Field(
+        0.99,
+        description="decay of the mean of the gradients",
+        json_schema_extra={"unit": "per step"},
+    )
 
 
 def direction(settings: Lion, table: Sequence[TensorSpec]) -> "optax.GradientTransformation":

@@ -23,11 +23,25 @@ class Muon(OptimizerSettings):
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
 
-    momentum: Fraction = 0.95
-    nesterov: bool = True
-    beta1: Fraction = Field(0.9, description="of Adam")
-    beta2: Fraction = Field(0.999, description="of Adam")
-    epsilon: PositiveFloat = 1e-8
+    momentum: Fraction = Field(
+        0.95,
+        description="decay of the sum of the gradients",
+        json_schema_extra={"unit": "per step"},
+    )
+    nesterov: bool = Field(True, description="look one step ahead")
+    beta1: Fraction = Field(
+        0.9,
+        description="of Adam, for tensors that are no matrices of a layer",
+        json_schema_extra={"unit": "per step"},
+    )
+    beta2: Fraction = Field(
+        0.999,
+        description="of Adam, for tensors that are no matrices of a layer",
+        json_schema_extra={"unit": "per step"},
+    )
+    epsilon: PositiveFloat = Field(
+        1e-8, description="added where Muon and Adam divide", json_schema_extra={"unit": "gradient"}
+    )
 
 
 def direction(settings: Muon, table: Sequence[TensorSpec]) -> "optax.GradientTransformation":

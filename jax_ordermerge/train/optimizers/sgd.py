@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from jax_ordermerge.arch import TensorSpec
 from jax_ordermerge.config.training import OPTIMIZERS, Fraction, Optimizer, OptimizerSettings
 
@@ -13,8 +15,10 @@ if TYPE_CHECKING:
 class Sgd(OptimizerSettings):
     """Gradient descent with momentum; weight decay is a penalty on the loss, as in torch."""
 
-    momentum: Fraction = 0.9
-    nesterov: bool = False
+    momentum: Fraction = Field(
+        0.9, description="decay of the sum of the gradients", json_schema_extra={"unit": "per step"}
+    )
+    nesterov: bool = Field(False, description="look one step ahead")
 
 
 def direction(settings: Sgd, table: Sequence[TensorSpec]) -> "optax.GradientTransformation":
