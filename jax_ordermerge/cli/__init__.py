@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from jax_ordermerge import program_cache
 from jax_ordermerge.cli import (  # noqa: F401  (they register their commands)
+    first_steps,
     reference,
     runs,
     single_models,
@@ -39,11 +40,7 @@ def _check_arguments() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line.
-
-    Exit codes: 0 done, 2 bad input, 130 interrupted by SIGINT and 143 by SIGTERM (a training has
-    then saved a checkpoint), 1 a failure.
-    """
+    """Run the command line. Its help lists the exit codes."""
     # Typer ends with SystemExit for its own errors. Ours are one line without a traceback: they are
     # about the input, not about this program. A process that fails waits some seconds for its
     # peers, which may be failing for the same reason; one that ends as all others do need not.

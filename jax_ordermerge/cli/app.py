@@ -7,25 +7,58 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from jax_ordermerge import __version__
 from jax_ordermerge.errors import UserError
 
 if TYPE_CHECKING:
     from jax_ordermerge.config import Config
 
 
+# click joins the lines of a paragraph, unless it begins with this sign
+_EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    a failure; of diff: the models differ; of doctor: the run would fail
+  2    bad input: one line says what was given, what is expected and what to do
+  130  stopped by Ctrl-C, 143 by SIGTERM; a training has saved a checkpoint, and
+       the same command continues it
+  134  another process of the run was lost; start all of them again
+"""
+
 app = typer.Typer(
     name="ordermerge",
     help="Fine-tune one base model in k data orders, measure what the order did, and merge the k"
     " models into one.",
+    epilog=_EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ordermerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass  # the option ends the program by itself
+
+
 RunArgument = Annotated[
-    Path, Argument(metavar="CONFIG|RUN", help="YAML config, or the run directory that it made.")
+    Path,
+    Argument(
+        metavar="CONFIG|RUN",
+        help="YAML config, name of one that `configs` lists, or the run directory that it made.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -8,7 +8,7 @@ from jax_ordermerge import config as schema
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.checkpoint import convert, gguf_files, remote
 from jax_ordermerge.checkpoint.resolve import is_on_hub
-from jax_ordermerge.config import Config
+from jax_ordermerge.config import Config, shipped
 from jax_ordermerge.config.evaluation import RESULTS, TASK_KINDS
 from jax_ordermerge.data import dates, tokenizers
 from jax_ordermerge.errors import UserError
@@ -88,6 +88,8 @@ def is_model(target: Path) -> bool:
     """
     # A hub name or embedded:NAME is no file, so a model is what is neither config nor run.
     is_config = target.suffix in (".yaml", ".yml") and not target.is_dir()
+    # small/alpaca may be a model of the hub; a bare name of a config of the package is none
+    is_config |= "/" not in str(target) and shipped.find(target) is not None
     return not is_config and not RunLayout(target).is_run
 
 

@@ -1,11 +1,8 @@
 """Tables of one checkpoint, and of the differences between two."""
 
-import io
 import json
 from collections.abc import Collection
 from pathlib import Path
-
-from rich.table import Table
 
 from jax_ordermerge import arch
 from jax_ordermerge.checkpoint import compare, convert, gguf_files, remote, safetensors, torch_files
@@ -29,7 +26,7 @@ def inspect_model(
     if as_json:
         # the exact numbers; the table rounds them
         return _json_text(tables.inspect_json(inventory))
-    return _table_text(tables.inspect_table(inventory))
+    return tables.to_text(tables.inspect_table(inventory))
 
 
 def compare_models(
@@ -63,7 +60,7 @@ def compare_models(
     if as_json:
         text = _json_text(tables.difference_json(difference))
     else:
-        text = _table_text(tables.difference_table(difference))
+        text = tables.to_text(tables.difference_table(difference))
     return text, difference.equal
 
 
@@ -97,10 +94,3 @@ def _open(name: str, ignore: Collection[str], allow_bin: bool) -> safetensors.Te
 
 def _json_text(value: Json) -> str:
     return json.dumps(value, indent=1) + "\n"
-
-
-def _table_text(table: Table) -> str:
-    text = io.StringIO()
-    # Into a string: nothing is printed here, so tests and notebooks get the text.
-    tables.show(table, text)
-    return text.getvalue()

@@ -18,6 +18,7 @@ import rich.table
 from jax_ordermerge.arch import UnlistedConfig
 from jax_ordermerge.checkpoint import atomic, convert, remote
 from jax_ordermerge.commands import serving
+from jax_ordermerge.config import shipped
 from jax_ordermerge.config.merge import canonical_method
 from jax_ordermerge.config.section import read_value
 from jax_ordermerge.errors import UserError
@@ -67,6 +68,8 @@ def kind_of(sources: Sequence[Path]) -> Kind:
     """
     first = sources[0]
     # by the name first: a model in a bucket must not be fetched to see whether it is a recipe
+    if shipped.find(first) is not None and len(sources) == 1:
+        return "run"
     if first.suffix in (".yml", ".yaml") and not first.is_dir():
         local = remote.fetch(first)
         if not local.is_file():

@@ -1,6 +1,7 @@
 """Results of `checkpoint.compare` as tables for a terminal and as JSON."""
 
 import dataclasses
+import io
 import math
 import sys
 from collections.abc import Sequence
@@ -171,6 +172,28 @@ def _plain(value: object) -> JsonValue:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table of texts, without a row of totals.
+
+    Example:
+        >>> show(text_table(["name", "time"], [["quickstart", "2 minutes"]]), sys.stdout)
+        name         time
+        ────────────────────────
+        quickstart   2 minutes
+    """
+    return _table(heads, rows, (), left=heads)
+
+
+def to_text(table: Table, width: int | None = None) -> str:
+    """Return a table as text, as wide as its content or so many characters."""
+    file = io.StringIO()
+    if width is None:
+        show(table, file)
+    else:
+        Console(file=file, highlight=False, width=width).print(table)
+    return file.getvalue()
+
+
 def _table(
     heads: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str], left: Sequence[str]
 ) -> Table:
@@ -180,8 +203,9 @@ def _table(
         table.add_column(head, justify="left" if head in left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(_text(cell) for cell in row))
-    table.add_section()
-    table.add_row(*(_text(cell) for cell in total))
+    if total:
+        table.add_section()
+        table.add_row(*(_text(cell) for cell in total))
     return table
 
 

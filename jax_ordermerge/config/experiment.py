@@ -9,6 +9,7 @@ import pydantic
 import yaml
 from pydantic import Field, PositiveInt
 
+from jax_ordermerge.config import shipped
 from jax_ordermerge.config.data import Data
 from jax_ordermerge.config.evaluation import PREFERENCES, Evaluation
 from jax_ordermerge.config.merge import AUTO, Merge, Search, checkpoints_merged, merge_name
@@ -316,7 +317,7 @@ def load_config(
     """Read a YAML file of differences from the defaults and apply `--set` overrides.
 
     Args:
-        path: the YAML file; None is the defaults.
+        path: the YAML file, or the name of a config of the package; None is the defaults.
         overrides: `"section.key=value"` with a YAML value, applied in order.
         values: by dotted key, applied last. They are no YAML: a path of the command line is taken
             as it is written.
@@ -336,7 +337,7 @@ def load_config(
         jax_ordermerge.errors.UserError: config: unknown key population.member
             (did you mean 'members'?)
     """
-    raw = {} if path is None else read_yaml(Path(path))
+    raw = {} if path is None else read_yaml(shipped.find(path) or Path(path))
     # Before validation: a file may be complete only with its overrides, and conflicts are those of
     # the final values.
     for item in overrides:

@@ -8,7 +8,7 @@ import yaml
 from jax_ordermerge import config as schema
 from jax_ordermerge import layout
 from jax_ordermerge.checkpoint import remote
-from jax_ordermerge.config import Config
+from jax_ordermerge.config import Config, shipped
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.layout import RunLayout, member_name
 from jax_ordermerge.merge.recipe import schema as recipes
@@ -17,6 +17,8 @@ from jax_ordermerge.record import stored_config
 
 def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config, or the resolved config of a run directory; both may be in a bucket.
+
+    A config of the package goes by its name, as `config.shipped.find` takes it.
 
     Raises:
         UserError: the file is absent or not valid, the directory is not a run directory, or its
@@ -29,7 +31,7 @@ def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
         _refuse_output(url, overrides)
         path = remote.fetch(f"{url}/{layout.CONFIG}")
         return schema.load_config(path, overrides, {"output": url})
-    path = remote.fetch(target)
+    path = shipped.find(target) or remote.fetch(target)
     if path.is_file():
         if recipes.is_recipe(path):
             raise UserError(
@@ -39,7 +41,11 @@ def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
         return schema.load_config(path, overrides)
     run = RunLayout(path)
     if not path.is_dir():
-        raise UserError(f"config file {path} not found; give a config file or a run directory")
+        near = shipped.suggest(target)
+        raise UserError(
+            f"config file {path} not found{near}; give a config file, a run directory, or a name"
+            " that ordermerge configs lists"
+        )
     if not run.is_run:
         is_model = (path / "config.json").is_file()
         raise UserError(
