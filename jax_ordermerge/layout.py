@@ -134,10 +134,9 @@ class RunLayout:
         """Directory of TensorBoard and W&B."""
         return self.root / "tracking"
 
-    @property
-    def wandb_runs(self) -> Path:
-        """Group and ids of the W&B runs, so that a resumed training goes on in them."""
-        return self.tracking / "wandb.json"
+    def tracker_runs(self, tracker: str) -> Path:
+        """Identities of the runs of a tracker, e.g. `"wandb"`, in which a training goes on."""
+        return self.tracking / f"{tracker}.json"
 
     def reference_logprobs(self, split: str) -> Path:
         """Log-probabilities of preference pairs under the base."""

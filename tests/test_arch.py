@@ -99,7 +99,10 @@ def test_published_parameter_counts():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_of_transformers(name):
-    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    torch, transformers = (
+        pytest.importorskip(name, reason="needs the extra parity")
+        for name in ("torch", "transformers")
+    )
     # depth only repeats a layer, and takes transformers a second per size
     config = dataclasses.replace(ARCHITECTURES[name], num_layers=2)
     with torch.device("meta"):
@@ -180,7 +183,7 @@ def test_config_round_trip(family):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_table_covers_what_transformers_expects(family, tied):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
     transformers = pytest.importorskip("transformers")
     config = ModelConfig.from_hf(
         {"model_type": family, **TINY, "num_key_value_heads": 1, "tie_word_embeddings": tied}

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jax_ordermerge"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Imports go down this list. Packages on one line do not import each other.
 LAYERS = [
-    ("errors", "tree", "json_types", "user_cache"),
+    ("errors", "tree", "json_types", "user_cache", "console"),
     ("registry",),
     ("rng", "hardware", "arch", "mesh_shape", "program_cache"),
     ("hash_rng", "mesh", "processes"),
@@ -39,6 +39,7 @@ LIBRARIES = {
     "datasets": ("data/", "evaluate/"),
     "tensorboardX": ("train/trackers.py",),
     "wandb": ("train/trackers.py",),
+    "trackio": ("train/trackers.py",),
     "optuna": ("search/sampling.py",),
     "lm_eval": ("evaluate/",),
     "math_verify": ("evaluate/symbolic_worker.py",),

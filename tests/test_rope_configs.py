@@ -54,7 +54,7 @@ def theirs(raw):
     ids=str,
 )
 def test_longrope_turns_as_in_transformers(change):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="needs the extra parity")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     raw = PHI | change
@@ -270,7 +270,7 @@ def test_yarn_takes_its_factor_from_the_lengths():
     rope = ModelConfig.from_hf(raw).rope
     assert rope.factor == 8.0
     assert rope_scale(rope) == pytest.approx(0.1 * math.log(8) + 1)
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="needs the extra parity")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](theirs(raw))

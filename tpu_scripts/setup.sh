@@ -2,7 +2,7 @@
 # Install the package on all workers of all slices, and check that they have the same versions.
 #
 #   setup.sh --name NAME --package "jax_ordermerge[tpu] @ git+https://github.com/OWNER/jax_ordermerge" --nfs 10.0.0.2:/share
-#   setup.sh --name NAME --package dist/jax_ordermerge-0.1.0-py3-none-any.whl
+#   setup.sh --name NAME --package dist/jax_ordermerge-0.2.0-py3-none-any.whl
 #
 #   --name NAME        as given to create.sh
 #   --slices N         as given to create.sh; 1 by default

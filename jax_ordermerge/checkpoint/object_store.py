@@ -13,6 +13,16 @@ PACKAGES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # extra, and the pack
 #   .ordermerge/files.json            the list, written last: version, files, removed files
 #   .ordermerge/waiting/DIGEST        new content of listed files, until the list names it
 BOOKKEEPING = ".ordermerge"
+# What a person opens in a browser, by suffix. Not `mimetypes`, whose tables depend on the machine.
+_SHOWN = {
+    "html": "text/html; charset=utf-8",
+    "md": "text/markdown; charset=utf-8",
+    "yaml": "text/plain; charset=utf-8",
+    "json": "application/json",
+    "csv": "text/csv; charset=utf-8",
+    "svg": "image/svg+xml",
+    "png": "image/png",
+}
 LIST, STAGING = f"{BOOKKEEPING}/files.json", f"{BOOKKEEPING}/waiting"
 
 
@@ -67,6 +77,25 @@ def one_line_errors(url: str, action: str) -> Iterator[None]:
             f"{url} cannot be {action} ({type(error).__name__}: {reason}); check the address, the"
             " endpoint and the credentials"
         ) from error
+
+
+def content_type(url: str, name: str) -> dict[str, str]:
+    """Return the option of `pipe_file` that makes a browser show a file and not download it.
+
+    Stores say `application/octet-stream` of all bytes that come without one.
+
+    Args:
+        url: of the directory.
+        name: of the file.
+
+    Example:
+        >>> content_type("s3://runs/a", "report.html"), content_type("gs://runs/a", "orders.npz")
+        ({'ContentType': 'text/html; charset=utf-8'}, {})
+    """
+    suffix = name.rpartition(".")[2]
+    if suffix not in _SHOWN:
+        return {}
+    return {"ContentType" if url.startswith("s3:") else "content_type": _SHOWN[suffix]}
 
 
 def read_listing(url: str) -> Listing | None:

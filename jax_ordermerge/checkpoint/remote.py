@@ -335,7 +335,8 @@ class Mirror:
             if content is None:
                 store.put_file(str(path), f"{self.url}/{target}")
             else:
-                store.pipe_file(f"{self.url}/{target}", content)
+                shown = object_store.content_type(self.url, name)
+                store.pipe_file(f"{self.url}/{target}", content, **shown)
         self._uploaded[name] = (file, modified)
         return file
 

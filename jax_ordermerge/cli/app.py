@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from jax_ordermerge import __version__
+from jax_ordermerge import __version__, console
 from jax_ordermerge.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,6 +69,15 @@ Overrides = Annotated[
     ),
 ]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
+Quiet = Annotated[
+    bool,
+    Option(
+        "--quiet",
+        "-q",
+        help="Print results and errors alone: no messages, no progress.",
+        callback=console.set_quiet,
+    ),
+]
 IgnoreKeys = Annotated[
     list[str] | None,
     Option(
@@ -150,7 +159,13 @@ def split_keys(texts: list[str] | None) -> tuple[str, ...]:
     return tuple(key.strip() for text in texts or () for key in text.split(",") if key.strip())
 
 
+def log(message: str) -> None:
+    """Print a message, unless `--quiet` is given."""
+    if not console.is_quiet():
+        typer.echo(message)
+
+
 def run_through(stage: str, target: Path, overrides: list[str] | None) -> None:
     from jax_ordermerge.experiment import pipeline
 
-    pipeline.run(read_config(target, overrides), through=stage, log=typer.echo)
+    pipeline.run(read_config(target, overrides), through=stage, log=log)

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer import Argument
+from typer import Argument, Option
 
-from jax_ordermerge.cli.app import AsJson, app
+from jax_ordermerge.cli.app import AsJson, app, refuse_options
+from jax_ordermerge.errors import UserError
 
 
 @app.command()
@@ -26,16 +27,62 @@ def configs(as_json: AsJson = False) -> None:
 
 @app.command()
 def init(
-    name: Annotated[str, Argument(metavar="NAME", help="A config that `configs` lists.")],
-    out: Annotated[
-        Path | None, Argument(metavar="[OUT.yaml]", help="File to write; NAME.yaml by default.")
+    context: typer.Context,
+    names: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="[NAME] [OUT.yaml]",
+            help="A config that `configs` lists, unless --model and --data are given; and the file"
+            " to write, by default NAME.yaml or experiment.yaml.",
+        ),
     ] = None,
+    *,
+    model: Annotated[
+        str | None, Option(help="Base model: HF directory, GGUF file or hub name.")
+    ] = None,
+    data: Annotated[str | None, Option(help="Training data: file, directory, hub dataset.")] = None,
+    test: Annotated[
+        str | None, Option(help="Test data; by default some examples are set aside.")
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        Option(help="v5p:4x4x2, h100:8, cpu:8; by default the devices of this machine."),
+    ] = None,
+    members: Annotated[int, Option(min=1, help="Number of orders.")] = 4,
 ) -> None:
-    """Write a config to edit, whose comments say what each key means.
+    """Write a config to edit: one of the package, or one for a model, data and devices.
 
     ordermerge init quickstart mine.yaml
+
+    ordermerge init --model MODEL --data train.csv --hardware h100:8 mine.yaml
+
+    Comments say what each key means, or why its value was chosen.
     """
+    given = names or []
+    if model is None or data is None:
+        mode = "it goes with --model and --data"
+        refuse_options(context, mode, ignored=["model", "data", "test", "hardware", "members"])
+        path = _write_shipped(given)
+        summary = ""
+    else:
+        from jax_ordermerge.commands import init as command
+
+        if len(given) > 1:
+            raise UserError(f"{given[0]} would be ignored: with --model give one file, OUT.yaml")
+        path = Path(given[0] if given else "experiment.yaml")
+        if path.suffix not in (".yaml", ".yml"):
+            raise UserError(f"{path}: expected a file to write that ends in .yaml")
+        request = command.Request(model, data, test, hardware, members)
+        summary = f": {command.write_config(request, path)}"
+    typer.echo(f"wrote {path}{summary}\nnext: ordermerge run {path}")
+
+
+def _write_shipped(names: list[str]) -> Path:
     from jax_ordermerge.commands import configs as command
 
-    path = command.write_config(name, out)
-    typer.echo(f"wrote {path}; next: ordermerge run {path}")
+    if not 1 <= len(names) <= 2:
+        raise UserError(
+            "init needs the name of a config (see ordermerge configs) and a file to write at most;"
+            " or --model and --data"
+        )
+    return command.write_config(names[0], Path(names[1]) if len(names) == 2 else None)

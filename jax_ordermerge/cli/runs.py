@@ -12,10 +12,12 @@ from jax_ordermerge.cli.app import (
     AsJson,
     IgnoreKeys,
     Overrides,
+    Quiet,
     RunArgument,
     Runs,
     app,
     check_outputs,
+    log,
     read_config,
     refuse_options,
     run_through,
@@ -25,12 +27,22 @@ from jax_ordermerge.errors import UserError
 
 
 @app.command()
-def run(config: RunArgument, overrides: Overrides = None) -> None:
+def run(config: RunArgument, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Run everything: train, merge, analyze, evaluate, report. Resume; skip what is complete.
 
-    Start with: ordermerge run configs/quickstart.yaml
+    Start with: ordermerge run quickstart
     """
-    run_through("report", config, overrides)
+    import jax
+
+    from jax_ordermerge.commands import outcome
+    from jax_ordermerge.experiment import pipeline
+    from jax_ordermerge.layout import RunLayout
+
+    settings = read_config(config, overrides)
+    directory = pipeline.run(settings, log=log)
+    # of a run that is complete no process has been started
+    if settings.distributed.coordinator is None or jax.process_index() == 0:
+        typer.echo(f"\n{outcome.describe(settings, RunLayout(directory))}")
 
 
 @app.command()
@@ -130,11 +142,12 @@ def train(
     *,
     steps: Annotated[int | None, Option(help="Only measure so many first steps.")] = None,
     profile: Annotated[Path | None, Option(help="Trace directory, with --steps.")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Fine-tune the members, each in its own order. Resume from the last checkpoint."""
     if steps is None:
         # `--profile` alone would train without a trace.
-        refuse_options(context, "it goes with --steps, as in --steps 20", ["overrides"])
+        refuse_options(context, "it goes with --steps, as in --steps 20", ["overrides", "quiet"])
         run_through("train", config, overrides)
         return
     from jax_ordermerge.experiment import pipeline
@@ -144,7 +157,7 @@ def train(
 
 
 @app.command()
-def analyze(config: RunArgument, overrides: Overrides = None) -> None:
+def analyze(config: RunArgument, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Measure how the final loss of every training sample depends on when it was seen."""
     run_through("analyze", config, overrides)
 
@@ -166,6 +179,7 @@ def evaluate(
         str | None, Option(metavar="TASK,...", help="With MODEL: tasks of lm-evaluation-harness.")
     ] = None,
     harness_include: Annotated[Path | None, Option(help="With --harness: YAML tasks.")] = None,
+    quiet: Quiet = False,
     shots: Annotated[int | None, Option(min=0, help="With --harness: shots per item.")] = None,
     limit: Annotated[int | None, Option(min=1, help="With MODEL: items per task.")] = None,
     chat: Annotated[bool, Option("--chat", help="With --harness: use the chat template.")] = False,
@@ -271,6 +285,7 @@ def search(
     out: Annotated[Path | None, Option(help="Directory of results; RUN/search by default.")] = None,
     export: Annotated[bool, Option(help="Write the winner as an HF directory.")] = True,
     overrides: Overrides = None,
+    quiet: Quiet = False,
 ) -> None:
     """Choose the merge to ship among many, on validation examples.
 
@@ -295,7 +310,7 @@ def search(
         out=out,
         validation=validation,
         export=export,
-        log=typer.echo,
+        log=log,
     )
     typer.echo(f"wrote {page}")
     if export:

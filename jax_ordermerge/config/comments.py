@@ -1,14 +1,14 @@
 """Comments for a YAML config: what each of its keys means, from the schema."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import yaml
 
 from jax_ordermerge.config.evaluation import TASK_KINDS
 from jax_ordermerge.config.experiment import Config
-from jax_ordermerge.config.section import Section
+from jax_ordermerge.config.section import HasSettings, Section
 from jax_ordermerge.config.training import OPTIMIZERS
 
 _WIDTH = 100  # characters of a line
@@ -92,9 +92,10 @@ def _keys(node: yaml.Node, sections: Sequence[type[Section]]) -> Iterator[_Key]:
 def _choose(node: yaml.MappingNode, sections: Sequence[type[Section]]) -> type[Section]:
     """Return the section of the `kind` that a mapping names, the first one if it names none."""
     kind = next((value.value for key, value in node.value if key.value == "kind"), None)
-    for registry in (TASK_KINDS, OPTIMIZERS):
-        if kind in registry and issubclass(registry[kind].settings, sections[0]):
-            return registry[kind].settings
+    registries: tuple[Mapping[str, HasSettings], ...] = (TASK_KINDS, OPTIMIZERS)
+    for registry in registries:
+        if kind in registry and issubclass(registry[str(kind)].settings, sections[0]):
+            return registry[str(kind)].settings
     for section in sections:
         if "kind" in section.model_fields and section.model_fields["kind"].default == kind:
             return section

@@ -398,3 +398,8 @@ class Tracking(Section):
         examples=["my-project"],
         json_schema_extra={"with": "extra wandb"},
     )
+    trackio: str | None = Field(
+        None,
+        description="project of trackio on this machine (extra: trackio), or where TRACKIO_SPACE_ID"
+        " and TRACKIO_SERVER_URL say; null does not use it",
+    )

@@ -1,6 +1,7 @@
 """The splits of a run: what data.json records of them, whether they changed, what they share."""
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -141,6 +142,36 @@ def describe(splits: Mapping[str, Examples], overlaps: Iterable[Overlap]) -> dic
         record = {"examples": overlap.examples, "first_ids": overlap.first_ids}
         descriptions[overlap.split].setdefault("overlaps", {})[overlap.other_split] = record
     return descriptions
+
+
+def count_lines(descriptions: Mapping[str, Json]) -> list[str]:
+    """Return for each source of splits what was read, and where it went; the counts add up.
+
+    Args:
+        descriptions: see `describe`. Splits that were set aside from another one share its line.
+
+    Example:
+        >>> counts = {"read": 9, "dropped_too_long": 1, "truncated": 0, "used": 8}
+        >>> train = {"source": "a.jsonl", "counts": counts, "examples": 6}
+        >>> count_lines({"train": train, "validation": train | {"examples": 2}})
+        ['a.jsonl: 9 read, 1 dropped too long, 6 train, 2 validation']
+    """
+    by_source: dict[str, list[str]] = {}
+    for name, description in descriptions.items():
+        key = json.dumps([description["source"], description["counts"]], sort_keys=True)
+        by_source.setdefault(key, []).append(name)
+    lines = []
+    for names in by_source.values():
+        description = descriptions[names[0]]
+        counts = [f"{description['counts'].get('read', 0):,} read"]
+        counts += [
+            f"{count:,} {what.replace('_', ' ')}"
+            for what, count in description["counts"].items()
+            if count and what not in ("read", "used")
+        ]
+        counts += [f"{descriptions[name]['examples']:,} {name}" for name in names]
+        lines.append(f"{description['source']}: {', '.join(counts)}")
+    return lines
 
 
 def source_lines(sources: Sequence[Json]) -> list[str]:

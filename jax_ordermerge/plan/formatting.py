@@ -110,6 +110,17 @@ def _collectives_json(collectives: Collectives) -> list[Json]:
 # ------------------------------------------------------------------------------------------- text
 
 
+def _count(parameters: int) -> str:
+    """Return a number of parameters with three digits or so.
+
+    Example:
+        >>> _count(6_738_415_616), _count(134_515_008), _count(622_080)
+        ('6.74 B', '134.52 M', '0.62 M')
+    """
+    billions = parameters / 1e9
+    return f"{billions:.2f} B" if billions >= 1 else f"{parameters / 1e6:.2f} M"
+
+
 def as_text(plan: Plan) -> str:
     """Return a plan as tables and a verdict."""
     # a fixed width, so that the text does not depend on the terminal and can be tested
@@ -117,7 +128,7 @@ def as_text(plan: Plan) -> str:
     console = Console(file=file, width=_WIDTH, highlight=False, markup=False)
     work = plan.work
     console.print(
-        f"{plan.model_name}, {plan.parameters / 1e9:.2f} B parameters, on {plan.topology.name}"
+        f"{plan.model_name}, {_count(plan.parameters)} parameters, on {plan.topology.name}"
         f" ({plan.topology.size} devices)"
     )
     steps = f"{work.steps:,} steps" if work.steps else "number of steps not known"

@@ -91,7 +91,9 @@ def train(
     programs = Programs(model, plan, mesh, held_out)
     try:
         with contextlib.ExitStack() as stack:
-            shown: Watcher = watch or stack.enter_context(Display(plan.steps))
+            shown: Watcher = watch or stack.enter_context(
+                Display(plan.steps, members=len(plan.members))
+            )
             training = Training(programs, layout, shown, sample)
             return training.run(base if callable(base) else lambda: base, on_checkpoint)
     except jax.errors.JaxRuntimeError as error:
@@ -204,10 +206,12 @@ class Training:
             if state is None:
                 self.watch.log(f"training is already complete: {plan.steps} steps ({layout.root})")
             else:
-                if self.recorder.peak_flops is None:
-                    kind = programs.mesh.devices.flat[0].device_kind
+                device = programs.mesh.devices.flat[0]
+                # of a CPU nobody expects it
+                if self.recorder.peak_flops is None and device.platform != "cpu":
                     self.watch.log(
-                        f"MFU is not shown: the peak FLOP/s of device kind {kind!r} is not known"
+                        "MFU is not shown: the peak FLOP/s of device kind"
+                        f" {device.device_kind!r} is not known"
                     )
                 best = self._take_steps(start or 0, state, best, load_base, checkpoints)
 

@@ -1,13 +1,11 @@
 """Progress on a terminal as a bar, elsewhere as a plain line now and then. Process 0 only."""
 
-import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import IO, Protocol
 
 import jax
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from jax_ordermerge import console
 from jax_ordermerge.json_types import Json
 
 _PAUSE = 10.0  # seconds between plain lines
@@ -45,10 +44,10 @@ class Display:
     Example:
         >>> clock = iter([0.0, 1.0, 60.0]).__next__
         >>> row = {"loss": [2.0, 2.5], "tokens_per_second": 1234.0, "mfu": 0.41}
-        >>> with Display(100, file=sys.stdout, clock=clock) as display:
+        >>> with Display(100, members=2, file=sys.stdout, clock=clock) as display:
         ...     for step in (10, 20):
         ...         display.metrics(row | {"step": step, "seconds": float(step)})
-        step 10/100  loss 2.0000 2.5000  1,234 tok/s  MFU 41.0 %  0:01:30 left
+        step 10/100  loss 2.0000 2.5000  1,234 tok/s  MFU 41.0 %
         step 20/100  loss 2.0000 2.5000  1,234 tok/s  MFU 41.0 %  0:01:20 left
     """
 
@@ -56,14 +55,12 @@ class Display:
         self,
         steps: int,
         *,
+        members: int,
         file: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._steps, self._clock = steps, clock
-        # stderr, so that the output of a command can be piped
-        self._console = Console(
-            file=file or sys.stderr, soft_wrap=True, highlight=False, quiet=jax.process_index() != 0
-        )
+        self._steps, self._members, self._clock = steps, members, clock
+        self._console = console.progress_console(file, is_first=jax.process_index() == 0)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._last_line = clock() - _PAUSE
@@ -71,14 +68,15 @@ class Display:
 
     def __enter__(self) -> "Display":
         if self._console.is_terminal:
+            several = f"{self._members} members" if self._members > 1 else "1 member"
             columns = (
-                TextColumn("step"),
+                TextColumn(f"train {several}, step"),
                 MofNCompleteColumn(),
                 BarColumn(),
                 TextColumn("{task.fields[text]}"),
                 TimeRemainingColumn(),
             )
-            self._bar = Progress(*columns, console=self._console)
+            self._bar = console.make_bar(self._console, *columns)
             self._task = self._bar.add_task("train", total=self._steps, text="compiling")
             self._bar.start()
         return self
@@ -114,12 +112,15 @@ class Display:
         now = self._clock()
         if now - self._last_line >= _PAUSE or row["step"] >= self._steps:
             self._last_line = now
-            self.log(f"step {row['step']}/{self._steps}  {text}  {self._time_left(row)} left")
+            self.log(f"step {row['step']}/{self._steps}  {text}{self._time_left(row)}")
+        self._first = self._first or (row["step"], row["seconds"])
 
     def _time_left(self, row: Json) -> str:
-        # a resumed training counts from its first row: the pace of another machine says nothing
-        first_step, first_seconds = self._first or (0, 0.0)
+        # Counted from the first row, which therefore shows none: seconds before it are of the
+        # compilation, or of another machine where a training is resumed.
+        if self._first is None:
+            return ""
+        first_step, first_seconds = self._first
         pace = (row["seconds"] - first_seconds) / max(row["step"] - first_step, 1)
-        self._first = self._first or (row["step"], row["seconds"])
         seconds = round(pace * (self._steps - row["step"]))
-        return f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
+        return f"  {seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d} left"

@@ -1,9 +1,12 @@
-"""Trackers: the rows of the training log in TensorBoard or Weights & Biases, one run per member.
+"""Trackers: the training log in TensorBoard, Weights & Biases or trackio, one run per member.
 
 Only process 0 has trackers.
 """
 
+import contextlib
+import contextvars
 import importlib.util
+import io
 import os
 import secrets
 import sys
@@ -48,6 +51,7 @@ def check(tracking: config.Tracking, *, several: bool = False) -> None:
     packages = {
         "tensorboard": ("tensorboardX", tracking.tensorboard),
         "wandb": ("wandb", tracking.wandb is not None),
+        "trackio": ("trackio", tracking.trackio is not None),
     }
     for extra, (package, wanted) in packages.items():
         if wanted and importlib.util.find_spec(package) is None:
@@ -108,6 +112,8 @@ def open_trackers(
         trackers.append(TensorBoard(layout, members, step))
     if tracking.settings.wandb is not None:
         trackers.append(Wandb(tracking, layout, members))
+    if tracking.settings.trackio is not None:
+        trackers.append(Trackio(tracking, layout, members))
     return trackers
 
 
@@ -162,15 +168,14 @@ class Wandb:
     def __init__(self, tracking: TrackingSpec, layout: RunLayout, members: Sequence[int]) -> None:
         import wandb
 
-        # The ids are stored in the run directory: a resumed training goes on in the same runs. They
-        # are random because a name may be used again for another run directory.
-        if not layout.wandb_runs.is_file():
+        # The ids are stored in the run directory: a resumed training goes on in the same runs.
+        if not layout.tracker_runs("wandb").is_file():
             identity = {
-                "group": f"{tracking.name}-{secrets.token_hex(4)}",
+                "group": _new_group(tracking.name),
                 "ids": {str(m): secrets.token_hex(8) for m in members},
             }
-            layouts.write_json(layout.wandb_runs, identity)
-        identity = layouts.read_json(layout.wandb_runs)
+            layouts.write_json(layout.tracker_runs("wandb"), identity)
+        identity = layouts.read_json(layout.tracker_runs("wandb"))
         try:
             self._runs = [
                 wandb.init(
@@ -202,3 +207,63 @@ class Wandb:
         """See `Tracker.close`."""
         for run in self._runs:
             run.finish(quiet=True)
+
+
+class Trackio:
+    """Runs on trackio, in one group: on this machine, in a Space or on a server."""
+
+    def __init__(self, tracking: TrackingSpec, layout: RunLayout, members: Sequence[int]) -> None:
+        import trackio
+
+        self._path = layout.tracker_runs("trackio")
+        if not self._path.is_file():
+            identity = {"group": _new_group(tracking.name), "step": 0}
+            layouts.write_json(self._path, identity)
+        self._identity: Json = layouts.read_json(self._path)
+        group = self._identity["group"]
+
+        def start(member: int) -> "trackio.Run":
+            # the name is the identity of a run, so the group is a part of it
+            return trackio.init(
+                project=tracking.settings.trackio,
+                group=group,
+                name=f"{group}/{member_name(member)}",
+                config=dict(tracking.resolved_config),
+                resume="allow",
+                embed=False,
+            )
+
+        self._runs = []
+        for member in members:
+            # It ends the run before it, which it finds in a context variable: each has a context of
+            # its own. What it prints is no part of the output of a command.
+            with contextlib.redirect_stdout(io.StringIO()):
+                try:
+                    self._runs.append(contextvars.copy_context().run(start, member))
+                except (OSError, ValueError, RuntimeError) as error:
+                    raise UserError(
+                        f"tracking.trackio = {tracking.settings.trackio}: trackio does not start"
+                        f" ({first_line(error)}); check TRACKIO_SPACE_ID, TRACKIO_SERVER_URL and the"
+                        " name of the project"
+                    ) from error
+
+    def metrics(self, row: Json) -> None:
+        """See `Tracker.metrics`."""
+        # It takes a step twice. A row that it has already has the same bits.
+        if row["step"] <= self._identity["step"]:
+            return
+        for position, run in enumerate(self._runs):
+            run.log(scalars(row, position), step=row["step"])
+        self._identity["step"] = row["step"]
+        layouts.write_json(self._path, self._identity)
+
+    def close(self) -> None:
+        """See `Tracker.close`."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            for run in self._runs:
+                run.finish()
+
+
+def _new_group(name: str) -> str:
+    # random, because a name may be used again for another run directory
+    return f"{name}-{secrets.token_hex(4)}"

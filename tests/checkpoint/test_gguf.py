@@ -109,7 +109,7 @@ def test_a_norm_that_16_bits_cannot_hold_keeps_all_of_them(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_transformers_computes_the_same_from_the_file(tmp_path, name):
-    torch, config = pytest.importorskip("torch"), CONFIGS[name]
+    torch, config = pytest.importorskip("torch", reason="needs the extra parity"), CONFIGS[name]
     transformers = pytest.importorskip("transformers")
     path = tmp_path / "model.gguf"
     tensors = write(path, config)
@@ -140,7 +140,10 @@ def test_a_rope_is_read_back(tmp_path, rope):
 
 def test_factors_of_llama_3_are_those_of_transformers():
     rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch, transformers = (
+        pytest.importorskip("torch", reason="needs the extra parity"),
+        pytest.importorskip("transformers"),
+    )
     rope = Rope(theta=500000.0, kind="llama3", factor=8.0)
     config = transformers.LlamaConfig(
         hidden_size=128,

@@ -308,3 +308,14 @@ def test_a_store_without_its_package_is_named(monkeypatch):
         UserError, match=r"needs the package gcsfs: pip install 'jax_ordermerge\[gcs\]'"
     ):
         remote.fetch("gs://orders/base")
+
+
+def test_a_browser_shows_a_report_that_was_replaced(bucket):
+    mirror = saved(f"{bucket}/run", {"report.html": b"first", "orders.npz": b"x"})
+    write(mirror.local, {"report.html": b"second"})
+    mirror.save()
+    store = fsspec.filesystem("s3")
+    store.invalidate_cache()
+    assert store.cat_file(f"{bucket}/run/report.html") == b"second"
+    assert store.info(f"{bucket}/run/report.html")["ContentType"] == "text/html; charset=utf-8"
+    assert "text" not in store.info(f"{bucket}/run/orders.npz")["ContentType"]

@@ -7,13 +7,14 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 from jax_ordermerge.checkpoint import convert, torch_files
 from jax_ordermerge.checkpoint.safetensors import Reader
 from jax_ordermerge.errors import UserError
 from tests.commands.test_cli import call
 from tests.merge.recipe_models import make
+
+torch = pytest.importorskip("torch", reason="needs the extra parity")
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
 

@@ -6,8 +6,6 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,6 +16,10 @@ from jax_ordermerge.merge.sources.references import open_model
 from jax_ordermerge.merge.sources.storage import read
 from jax_ordermerge.merge.sources.unlisted import Unlisted
 from tests.commands.test_cli import call
+
+torch = pytest.importorskip("torch", reason="needs the extra parity")
+peft = pytest.importorskip("peft", reason="needs the extra parity")
+LoraConfig, PeftModel, get_peft_model = peft.LoraConfig, peft.PeftModel, peft.get_peft_model
 
 TOKENS = torch.arange(36)[None]
 DOWN = "model.layers.1.mlp.down_proj.weight"

@@ -10,7 +10,7 @@ from jax_ordermerge.experiment import pipeline
 from tests.data.conftest import byte_tokenizer  # noqa: F401  (a fixture)
 from tests.experiment import tiny
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="needs the extra parity")
 ROWS = [
     {
         "messages": [

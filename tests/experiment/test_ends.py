@@ -163,7 +163,7 @@ def test_exports_carry_the_template_that_was_trained(plain_run, tmp_path):
 
 
 def test_transformers_stops_there_too(run):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
     import transformers
 
     directory = run / "merged" / "average"
@@ -196,7 +196,7 @@ def run_card(directory, capsys):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT
 def test_the_card_asks_as_the_training_did(run, plain_run, tmp_path, capsys):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="needs the extra parity")
     prompt, text = run_card(run / "merged" / "average", capsys)
     assert prompt == (
         "<|im_start|>user\nHow many legs do three horses have?<|im_end|>\n<|im_start|>assistant\n"
@@ -204,7 +204,7 @@ def test_the_card_asks_as_the_training_did(run, plain_run, tmp_path, capsys):
     assert text.split()[-1] == "."  # the question is of unknown words, but its answer ends
     prompt, _ = run_card(plain_run[0] / "merged" / "average", capsys)
     assert prompt == "How many legs do three horses have?"
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="needs the extra parity")
     assert call("convert", plain_run[0], tmp_path / "out", "--member", 1, "--to", "peft") == 0
     prompt, _ = run_card(tmp_path / "out", capsys)
     assert prompt == "How many legs do three horses have?"

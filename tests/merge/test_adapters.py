@@ -5,8 +5,6 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -18,6 +16,10 @@ from jax_ordermerge.merge.sources import peft_files
 from jax_ordermerge.merge.sources.references import open_model
 from tests.commands.test_cli import call
 from tests.merge.test_sources import assert_reads_in_any_run, read_tensor
+
+torch = pytest.importorskip("torch", reason="needs the extra parity")
+peft = pytest.importorskip("peft", reason="needs the extra parity")
+LoraConfig, get_peft_model = peft.LoraConfig, peft.get_peft_model
 
 VOCABULARY = 40
 TOKENS = torch.arange(VOCABULARY - 4)[None]

@@ -12,7 +12,9 @@ import pytest
 from jax_ordermerge.merge import engine
 from jax_ordermerge.merge.recipe import planner
 
-unlisted_models = pytest.importorskip("tests.merge.unlisted_models")
+unlisted_models = pytest.importorskip(
+    "tests.merge.unlisted_models", reason="needs the extra parity"
+)
 pytestmark = pytest.mark.slow
 KINDS = [*unlisted_models.CLASSES, "unet"]
 STEM = {"unet": "diffusion_pytorch_model"}

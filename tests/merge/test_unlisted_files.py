@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from jax_ordermerge.checkpoint.shards import ShardFiles
@@ -51,6 +50,7 @@ def test_tensors_that_a_spectral_method_only_averages_are_named(pair):
 
 
 def test_an_adapter_that_pytorch_wrote_is_merged_where_pickles_are_allowed(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
     models = [adapter(tmp_path / name, seed) for seed, name in enumerate("mn")]
     stored = [load_file(model / "adapter_model.safetensors") for model in models]
     for model, tensors in zip(models, stored, strict=True):

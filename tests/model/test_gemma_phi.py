@@ -37,7 +37,7 @@ def logits_of(config, params, tokens, positions=None, segments=None):
 
 def test_each_document_has_the_factors_of_its_own_length():
     """Two short documents and a long one in a row, against each alone, which is transformers'."""
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
     import make_model_goldens
 
     params, lengths = families.weights(PHI), (12, 25, 20)
@@ -54,7 +54,7 @@ def test_each_document_has_the_factors_of_its_own_length():
 
 
 def test_short_and_long_prompts_in_a_batch_equal_transformers():
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
     import make_model_goldens
 
     from tests.evaluate.test_decode import transformers_greedy
@@ -227,7 +227,7 @@ def test_norms_of_gemma_start_at_zero_and_multiply_by_one():
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
 def test_embeddings_in_bfloat16_are_those_of_transformers(name):
     """The root of the width is rounded before the product: 5.6568 is 5.65625 in bfloat16."""
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
     import make_model_goldens
 
     config = families.FAMILIES[name]
@@ -247,7 +247,7 @@ def test_embeddings_in_bfloat16_are_those_of_transformers(name):
 )
 def test_a_directory_of_transformers_comes_back_byte_for_byte(name, tmp_path):
     """Read onto a mesh, written by Orbax, read without a mesh and exported."""
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
     import make_model_goldens
     import transformers
 

@@ -45,7 +45,7 @@ def gradients(config, params, tokens, form, mesh=None):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradients_of_a_training_step_equal_those_of_torch(name):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
     import make_model_goldens
 
     config = families.FAMILIES[name]
@@ -88,7 +88,10 @@ def test_forms_and_meshes_change_no_gradient(name, sizes):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_of_transformers_keep_their_bytes_over_orbax(name, tmp_path):
-    torch, transformers = (pytest.importorskip(module) for module in ("torch", "transformers"))
+    torch, transformers = (
+        pytest.importorskip(name, reason="needs the extra parity")
+        for name in ("torch", "transformers")
+    )
     import make_model_goldens
 
     config = families.FAMILIES[name]
@@ -115,7 +118,7 @@ def test_files_of_transformers_keep_their_bytes_over_orbax(name, tmp_path):
 
 @pytest.mark.parametrize("factor", [0.22, 12.0, 0.7])
 def test_factors_are_rounded_as_in_torch(factor):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
     values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     ours = layers.scaled(jnp.asarray(values, "bfloat16"), factor)
     theirs = torch.tensor(values).to(torch.bfloat16) * factor

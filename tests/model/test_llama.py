@@ -46,7 +46,7 @@ def test_goldens(name):
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_transformers(name):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="needs the extra parity")
     import make_model_goldens
 
     config = families.FAMILIES[name]
@@ -188,7 +188,7 @@ def loss_and_grads(config, params, tokens, remat="none", dtype="float32"):
     ],
 )
 def test_gradients_equal_those_of_torch(name):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
     import make_model_goldens
 
     config = families.FAMILIES[name]
@@ -345,7 +345,7 @@ def test_stories260k_logits(stories):
 
 def test_stories260k_document_losses(stories, shared_data):
     """The mean loss of documents against transformers. Ours are packed into one row."""
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
     import make_model_goldens
     from transformers import AutoTokenizer
 

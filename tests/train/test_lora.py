@@ -88,8 +88,8 @@ def state_of(run, model, count=2):
 
 def peft_model(model, params, adapter, settings):
     """The same base and adapter on torch."""
-    torch = pytest.importorskip("torch", reason="the reference runs on torch")
-    peft = pytest.importorskip("peft", reason="the reference is PEFT's LoRA")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
+    peft = pytest.importorskip("peft", reason="needs the extra parity")
     from tests.train.test_torch import torch_model
 
     names = sorted({spec.hf_name.split(".")[-2] for spec in lora.targets(model, settings)})
@@ -125,7 +125,7 @@ def first_batch(examples):
 def test_logits_and_gradients_are_those_of_peft(tiny_model, tiny_base, tiny_examples, settings):
     adapter = drawn(tiny_model, settings)
     twin = peft_model(tiny_model, tiny_base, adapter, settings)
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
     batch = first_batch(tiny_examples)
     logits = twin(
         torch.tensor(batch["tokens"]).long(), attention_mask=torch.tensor(batch["segments"])
@@ -167,7 +167,7 @@ def test_training_is_that_of_peft(trained, tiny_model, tiny_base, tiny_examples)
 
     With AdamW, weight decay, clipping and accumulation.
     """
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
     settings, training = trained.spec.lora, trained.spec.training
     twin = peft_model(tiny_model, tiny_base, lora.init_params(tiny_model, settings, 0), settings)
     parameters = [p for p in twin.parameters() if p.requires_grad]
@@ -216,8 +216,8 @@ def test_training_is_that_of_peft(trained, tiny_model, tiny_base, tiny_examples)
 
 def test_an_exported_adapter_is_the_member_in_peft(trained, tiny_model, base_directory, tmp_path):
     """PEFT loads the directory, and its logits are those of the dense member."""
-    torch = pytest.importorskip("torch", reason="the reference runs on torch")
-    peft = pytest.importorskip("peft", reason="the reference is PEFT's LoRA")
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
+    peft = pytest.importorskip("peft", reason="needs the extra parity")
     from transformers import AutoModelForCausalLM
 
     adapter = members.restore_adapter(trained.spec, tiny_model, trained.layout, 1)

@@ -16,7 +16,7 @@ from jax_ordermerge.model import llama
 from jax_ordermerge.train import batches, objective
 from jax_ordermerge.train.optimizer import make_schedule
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="needs the extra parity")
 SETTINGS = {
     "population": {"members": 1},
     "data": {"buckets": []},

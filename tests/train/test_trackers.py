@@ -1,6 +1,8 @@
 """Trackers hold the rows of the training log once each, also after a resume."""
 
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -87,6 +89,39 @@ def test_wandb_continues_its_runs(tmp_path, monkeypatch):
     assert (
         json.loads((tmp_path / "tracking" / "wandb.json").read_text())["ids"]["1"] == first[1]["id"]
     )
+
+
+def test_trackio_holds_each_row_once_also_after_a_resume(tmp_path):
+    """With the real package, in a process of its own: it reads its directory when imported."""
+    pytest.importorskip("trackio", reason="needs the extra trackio")
+    code = f"""
+import pathlib
+from jax_ordermerge import config
+from jax_ordermerge.layout import RunLayout
+from jax_ordermerge.train import trackers
+from jax_ordermerge.train.spec import TrackingSpec
+
+tracking = TrackingSpec("tiny", config.Tracking(trackio="orders"), {{"seed": 3}})
+layout = RunLayout(pathlib.Path({str(tmp_path / "run")!r}))
+for steps in ((1, 2), (2, 3)):  # the training was killed after step 2, its checkpoint is of step 1
+    (tracker,) = trackers.open_trackers(tracking, layout, (0, 1), steps[0] - 1)
+    for step in steps:
+        tracker.metrics({{"step": step, "loss": [1.0 * step, 2.0 * step], "mfu": None}})
+    tracker.close()
+
+from trackio.sqlite_storage import SQLiteStorage
+for name in sorted(SQLiteStorage.get_runs("orders")):
+    rows = SQLiteStorage.get_logs("orders", name)
+    print(name.split("/")[1], [(row["step"], row["loss"]) for row in rows])
+"""
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "member_0 [(1, 1.0), (2, 2.0), (3, 3.0)]",
+        "member_1 [(1, 2.0), (2, 4.0), (3, 6.0)]",
+    ]
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from jax_ordermerge import console
 from jax_ordermerge.analysis import imbalance
 from jax_ordermerge.analysis.result import asdict
 from jax_ordermerge.config import Config
@@ -31,7 +32,8 @@ def run(ctx: RunContext) -> None:
     # one pass over the training samples per model, on all of them under the final weights: losses
     # from the training log were measured at different times and do not compare
     missing = [name for name in kinds if name not in measured]
-    for name, params in models.load_models(ctx, missing):
+    loaded = models.load_models(ctx, missing)
+    for name, params in console.track(loaded, len(missing), "analyze", "models"):
         model_losses = losses.require_finite(losses.example_losses(ctx, params, train), train, name)
         measured[name] = model_losses.means.astype(np.float32)
         ctx.log(f"  {name}: {model_losses.mean:.4f} {unit} on the training samples")

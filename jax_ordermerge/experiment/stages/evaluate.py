@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from jax_ordermerge import console
 from jax_ordermerge.config import PREFERENCES, Config, Task
 from jax_ordermerge.config.evaluation import TASK_KINDS
 from jax_ordermerge.evaluate import generation, harness
@@ -47,7 +48,8 @@ def run(ctx: RunContext) -> None:
             groups.setdefault(missing, []).append(name)
     for missing, names in groups.items():
         tasks = [task for task in ctx.config.evaluation.tasks if task.name in missing.tasks]
-        for name, params, generate in _load_with_generators(ctx, names, tasks):
+        loaded = _load_with_generators(ctx, names, tasks)
+        for name, params, generate in console.track(loaded, len(names), "evaluate", "models"):
             if missing.losses:
                 _measure_losses(ctx, results[name], params)
             # one item of each task, of the first model: how models are asked shows in the log

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from jax_ordermerge import console
 from jax_ordermerge.config import Config
 from jax_ordermerge.config.merge import AUTO, merge_name
 from jax_ordermerge.experiment import build_merges, export, models, search
@@ -43,7 +44,8 @@ def run(ctx: RunContext) -> None:
         write_json(run.merges, {"dtype": ctx.export_dtype, "merges": list(rows.values())})
 
     write()  # a run without merges is complete, too
-    for spec in config.merge.methods:
+    methods = config.merge.methods
+    for spec in console.track(methods, len(methods), "merge", "merges"):
         name = merge_name(spec)
         if _is_done(name, rows, run, exports):
             continue
@@ -108,13 +110,16 @@ def _measure_diagnostics(
     diagnostics = population.measure_diagnostics(merged, **settings)
     total = diagnostics["total"]
     assert total is not None  # all tensors are of the same members
-    values = {key: total[key] for key in ("norm_ratio", "lambda_eff")}
     written = (
         f" -> {ctx.layout.merged(name)}" if build_merges.exports(ctx.config, ctx.population) else ""
     )
-    # both are None where no member has left the base
-    ratios = [f"{key} {value:.3f}" for key, value in values.items() if value is not None]
-    ctx.log(f"  {name}: {', '.join(ratios) or 'equal to the base'}{written}")
+    length = total["norm_ratio"]  # None where no member has left the base
+    text = (
+        "equal to the base"
+        if length is None
+        else f"{length:.2f} times as far from the base as a member"
+    )
+    ctx.log(f"  {name}: {text}{written}")
     return dict(diagnostics)
 
 

@@ -30,9 +30,9 @@ def run(ctx: RunContext) -> None:
         plan = batches.make_plan(ctx.training, ctx.splits["train"])
         descriptions["train"]["packing"] = plan.packing
     write_json(ctx.layout.data, descriptions)
+    for line in splits.count_lines(descriptions):
+        ctx.log(f"  {line}")
     for name, description in descriptions.items():
-        counts = ", ".join(f"{count} {what}" for what, count in description["counts"].items())
-        ctx.log(f"  {name}: {description['source']}, {counts}")
         for line in splits.source_lines(description["sources"]):
             ctx.log(f"    {line}")
         for other_split, overlap in description.get("overlaps", {}).items():
