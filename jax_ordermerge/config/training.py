@@ -402,4 +402,6 @@ class Tracking(Section):
         None,
         description="project of trackio on this machine (extra: trackio), or where TRACKIO_SPACE_ID"
         " and TRACKIO_SERVER_URL say; null does not use it",
+        examples=["my-project"],
+        json_schema_extra={"with": "extra trackio"},
     )
