@@ -7,7 +7,9 @@ import tomllib
 
 import pytest
 import typer
+import yaml
 
+import jax_ordermerge
 from jax_ordermerge.cli import app
 from jax_ordermerge.config.reference import list_keys
 from tests import make_reference_pages
@@ -126,3 +128,8 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     pages = {page.removeprefix("docs/") for page in TEXTS if page.startswith("docs/")}
     assert {page for page in pages if f": {page}\n" not in navigation} == set()
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == jax_ordermerge.__version__

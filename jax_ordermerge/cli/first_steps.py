@@ -12,7 +12,7 @@ from jax_ordermerge.errors import UserError
 
 @app.command()
 def configs(as_json: AsJson = False) -> None:
-    """List the configs that come with the package: hardware, time and what to expect.
+    """List the configs of the package: hardware, time, result.
 
     ordermerge run quickstart
     """
@@ -50,7 +50,9 @@ def init(
     ] = None,
     members: Annotated[int, Option(min=1, help="Number of orders.")] = 4,
 ) -> None:
-    """Write a config to edit: one of the package, or one for a model, data and devices.
+    """Write a config to edit: a copy, or one for your data.
+
+    A copy of one of the package; or one for a model, data and devices.
 
     ordermerge init quickstart mine.yaml
 

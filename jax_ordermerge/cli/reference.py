@@ -16,7 +16,9 @@ def config(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Explain the keys of a config: type, unit, default, what each goes with, an example.
+    """Explain config keys: type, unit, default, example.
+
+    Also what each goes with or excludes.
 
     ordermerge config training.learning_rate
 

@@ -59,9 +59,9 @@ def data(
     as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
-    """Show what would be trained on: counts, lengths, and examples with what is learned marked.
+    """Show what would be trained on, with what is learned marked.
 
-    No device is used. What is learned is in colour on a terminal, else in [[brackets]].
+    Counts, lengths, what is dropped and why, and examples. No device is used. What is learned is in colour on a terminal, else in [[brackets]].
 
     ordermerge data configs/quickstart.yaml --rows 5
     """
@@ -108,7 +108,7 @@ def plan(
     as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
-    """Estimate memory and time of an experiment on hardware that need not be present.
+    """Estimate memory and time on hardware that need not be here.
 
     ordermerge plan configs/llama2_7b_gsm8k.yaml --topology v5p:4x4x2 --examples 7473
     """
@@ -158,7 +158,7 @@ def train(
 
 @app.command()
 def analyze(config: RunArgument, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Measure how the final loss of every training sample depends on when it was seen."""
+    """Measure how the final loss depends on when a sample was seen."""
     run_through("analyze", config, overrides)
 
 
@@ -187,7 +187,9 @@ def evaluate(
     ignore_config_keys: IgnoreKeys = None,
     allow_bin: AllowBin = False,
 ) -> None:
-    """Evaluate base, members and merges of a run on held-out data and tasks; or one model on tasks.
+    """Evaluate a run on held-out data and tasks, or one model.
+
+    Of a run the base, all members and all merges.
 
     ordermerge evaluate runs/quickstart
 
@@ -219,7 +221,7 @@ def evaluate(
 
 @app.command()
 def report(config: RunArgument, overrides: Overrides = None) -> None:
-    """Write report.html and report.md of a run from the stages that are complete."""
+    """Write report.html and report.md from complete stages."""
     from jax_ordermerge.experiment import pipeline
 
     typer.echo(f"wrote {pipeline.write_report(read_config(config, overrides))}")
@@ -231,7 +233,7 @@ def compare(
     *,
     out: Annotated[Path, Option(help="Directory of the pages.")] = Path("comparison"),
 ) -> None:
-    """Compare runs: the differences of their configs, imbalance, members and merges."""
+    """Compare runs: settings, imbalance, members and merges."""
     from jax_ordermerge.checkpoint import remote
     from jax_ordermerge.report import comparison
 
@@ -254,9 +256,9 @@ def results(
         Option(help="YAML of hypotheses about these runs, written down before them."),
     ] = None,
 ) -> None:
-    """Write one page about several runs: their tables, and what they show and do not show.
+    """Write one page about several runs, and test hypotheses.
 
-    With --hypotheses it begins with what became of them; their estimates are in a CSV beside it.
+    Their tables, and what they show and do not show. With --hypotheses it begins with what became of them; their estimates are in a CSV beside it.
 
     ordermerge results runs/alpaca runs/dolly --hypotheses hypotheses.yaml --out results.md
     """
@@ -362,7 +364,7 @@ def launch(
     list_options: Annotated[bool, Option("--options", help="List the options.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Write the script or manifest that runs an experiment on TPUs or GPUs.
+    """Write the script that runs an experiment on TPUs or GPUs.
 
     Targets are TPU VMs, GKE, SLURM, ssh hosts, and whatever SkyPilot finds.
 

@@ -60,7 +60,9 @@ def merge(
     allow_bin: AllowBin = False,
     overrides: Overrides = None,
 ) -> None:
-    """Merge the members of a run as its config says, or any checkpoints of one architecture.
+    """Merge the members of a run, or any checkpoints.
+
+    The members as the config says; checkpoints of one architecture.
 
     ordermerge merge runs/quickstart
 
@@ -165,7 +167,7 @@ def convert(
         int | None, Option(help="Rank of an adapter of any model, nearest to its change.")
     ] = None,
 ) -> None:
-    """Write a model as a Hugging Face directory, Orbax checkpoint, PEFT adapter, or GGUF file.
+    """Write a model in another format: HF, Orbax, PEFT or GGUF.
 
     ordermerge convert BASE+ADAPTER MERGED
 
@@ -221,7 +223,9 @@ def push(
         bool, Option("--dry-run", help="Print files, sizes and card; needs no network.")
     ] = False,
 ) -> None:
-    """Upload an exported model to the Hugging Face hub, with its card, recipe and results.
+    """Upload an exported model to the Hugging Face hub.
+
+    With its card, recipe and results.
 
     ordermerge push RUN/average OWNER/NAME --dry-run
 
@@ -288,7 +292,9 @@ def generate(
     ignore_config_keys: IgnoreKeys = None,
     allow_bin: AllowBin = False,
 ) -> None:
-    """Answer prompts with a model: greedily, or drawn by seed and number of the prompt.
+    """Answer prompts with a model, greedily or drawn.
+
+    Draws depend on the seed and the number of the prompt.
 
     A prompt is a user message in the chat template of the model, which is the template that it was
     trained with. A model without one continues the prompt as text.
@@ -344,7 +350,9 @@ def judge(
         Path | None, Option(help="JSON Lines of the replies. By default beside --out, or OURS.")
     ] = None,
 ) -> None:
-    """Let a judge choose between the outputs of two models, each pair in both orders.
+    """Let a judge choose between the outputs of two models.
+
+    Each pair is asked in both orders.
 
     Replies are written as they come: the same command continues where it was broken off.
     """

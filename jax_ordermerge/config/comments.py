@@ -32,6 +32,7 @@ def annotate(text: str) -> str:
     Example:
         >>> print(annotate("training:\\n  epochs: 3\\n  warmup: 0.03\\n"), end="")
         training:
+          # how often each member sees every training example
           epochs: 3
           # ...
           warmup: 0.03
