@@ -5,9 +5,11 @@ highest precision.
 """
 
 import contextlib
+import ctypes
 import gc
 import os
 import pathlib
+import resource
 import secrets
 import shutil
 import socket
@@ -40,6 +42,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 collect_ignore_glob = ["tests/golden/make_*.py"]  # they make goldens and are run by hand
 
 MOST_MAPS = {"module": 10_000, "slow test": 30_000}  # the module with the most adds 38,000
+MOST_BYTES = 3 << 29  # 1.6 GB: two workers, and what they start, are to fit into 8 GB
 SHARED = pathlib.Path(__file__).resolve().parents[1] / "shared" / "data"
 
 
@@ -66,16 +69,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
-def _free_programs(most: int) -> None:
-    """Free all compiled programs, if this process has more than so many maps of memory.
-
-    Each program takes some. Linux allows a process 65,530 of them, and beyond that LLVM ends it
-    with a segmentation fault, in whichever test comes next.
-    """
+def _count_maps() -> int:
+    """Return the number of maps of memory of this process, 0 where that is not known."""
     maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > most:
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+def _resident_bytes() -> int:
+    """Return the memory of this process, 0 where that is not known."""
+    sizes = pathlib.Path("/proc/self/statm")
+    return int(sizes.read_text().split()[1]) * resource.getpagesize() if sizes.exists() else 0
+
+
+def _free_programs(most_maps: int) -> None:
+    """Free all compiled programs, if this process has more than so many maps or much memory.
+
+    Each program takes some maps. Linux allows a process 65,530 of them, and beyond that LLVM ends
+    it with a segmentation fault, in whichever test comes next. What a later test needs of the
+    programs comes from the cache on the disk.
+    """
+    if _resident_bytes() > MOST_BYTES:
+        _return_memory()
+    if _count_maps() > most_maps or _resident_bytes() > MOST_BYTES:
         jax.clear_caches()
         gc.collect()
+        _return_memory()
+
+
+def _return_memory() -> None:
+    # glibc keeps what was freed: without this the memory of two thirds of the programs stays
+    with contextlib.suppress(AttributeError, OSError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="module", autouse=True)
