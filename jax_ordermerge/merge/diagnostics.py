@@ -107,9 +107,15 @@ def scan(models: Sequence[jax.Array], offset: jax.Array | None = None) -> Scan:
 
     Source: multilinear hashing, Carter and Wegman 1979, with the multipliers of `hash_rng.mix`.
     """
-    index = element_index(models[0].shape, offset)
+    lo, hi = element_index(models[0].shape, offset)
+    if models[0].size < 1 << 32:
+        # The upper half changes at most once, so its hash need not be computed for each element.
+        first_lo, first_hi = (0, jnp.uint32(0)) if offset is None else offset
+        hashed_hi = jnp.where(lo < first_lo, mix(first_hi + 1), mix(first_hi))
+    else:
+        hashed_hi = mix(hi)
     # An odd factor is invertible modulo 2^32, so a change of one element always shows.
-    factor = mix(index.lo ^ mix(index.hi)) | 1
+    factor = mix(lo ^ hashed_hi) | 1
     # By bits: NaN and infinity are the values whose exponent is all ones.
     exponents = [to_bits(jnp.array(jnp.inf, x.dtype)) for x in models]
     not_finite = [

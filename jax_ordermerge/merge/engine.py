@@ -31,7 +31,7 @@ from jax_ordermerge.arch import UnlistedConfig
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.checkpoint.shards import SHARD_BYTES, STEMS, ShardFiles
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.merge import diagnostics, journal, manifest
+from jax_ordermerge.merge import diagnostics, journal, manifest, slab_moments
 from jax_ordermerge.merge.journal import TensorRecord
 from jax_ordermerge.merge.methods import parts, reductions, table
 from jax_ordermerge.merge.plan import Output, Plan
@@ -39,9 +39,6 @@ from jax_ordermerge.merge.slabs import FileTensor, MemoryPool
 
 SLAB_ELEMENTS = 1 << 20  # per model: 2 MB in bfloat16 stay in the cache of a core
 LOADED_BYTES = 3 << 28  # limit for tensors that are loaded as a whole, unless one is larger
-# Diagnostics of slabs with more elements than this look at their first sixteenth only: of 8 members
-# there are 45 inner products, which is more arithmetic per element than in the merge.
-SAMPLED_ABOVE, SAMPLED_SHARE = 1 << 18, 16
 
 Progress = Callable[[int, int, str], None]
 
@@ -259,13 +256,11 @@ class _SlabResult(NamedTuple):
         merged: the slab, in the dtype of the output.
         checksums: uint32[M (+1)], of the slabs of members (and base).
         not_finite: uint32[M (+1)], numbers of their elements that are NaN or infinite.
-        moments: of the first elements; None without diagnostics.
     """
 
     merged: jax.Array
     checksums: jax.Array
     not_finite: jax.Array
-    moments: diagnostics.Moments | None
 
 
 class _Merger:
@@ -331,24 +326,15 @@ class _Merger:
         needs_base = method.needs_base(output.parameters)
         # a stream of its own: rounding at random does not change what the method draws
         rounding = rng.stream_key_bits(plan.seed, "round", output.name) if plan.stochastic else None
-        # static arguments: few values occur in a model, so few programs are compiled
-        program = {
-            "method": output.method,
-            "static": static,
-            "dtype": plan.dtype_of(output),
-            "out": plan.out_dtype_of(output),
-        }
+        dtype, out = plan.dtype_of(output), plan.out_dtype_of(output)
         crc, elements, checksums, moments = 0, 0, [], []
         not_finite = np.zeros(len(output.members) + (needs_base and output.base is not None), int)
         for start, shape in tensor.slabs():
             part = tensor.part(start, shape, needs_base)
-            base, sampled = None, 0
-            if self.with_diagnostics and output.base is not None:
-                size = math.prod(shape)
-                sampled = size if size <= SAMPLED_ABOVE else size // SAMPLED_SHARE
-                # in a buffer of its own: a method that needs the base has it in the one before
-                base = tensor.read(output.base, start, sampled, len(output.members) + 1)
-            result = _merge_slab(part, arrays, rounding, base, count=sampled, **program)
+            # static arguments: few values occur in a model, so few programs are compiled
+            result = _merge_slab(
+                part, arrays, rounding, method=output.method, static=static, dtype=dtype, out=out
+            )
             # This waits for the program. Only then may the next `part` overwrite the buffers, which
             # the device reads in place.
             merged = np.asarray(result.merged)
@@ -361,9 +347,23 @@ class _Merger:
             # here and not from the file afterwards: the slab is in the cache
             crc = zlib.crc32(merged.reshape(-1).view(np.uint8).data, crc)
             checksums.append(np.asarray(result.checksums, np.uint64))
-            if result.moments is not None:
-                moments.append(diagnostics.total(jax.device_get(result.moments)))
-            elements += sampled
+            if self.with_diagnostics and output.base is not None:
+                sampled = slab_moments.sample_size(math.prod(shape))
+                # in a buffer of its own: a method that needs the base has it in the one before
+                base = tensor.read(output.base, start, sampled, len(output.members) + 1)
+                moments.append(
+                    slab_moments.measure(
+                        part,
+                        base,
+                        merged,
+                        arrays,
+                        start,
+                        method=output.method,
+                        static=static,
+                        out=out,
+                    )
+                )
+                elements += sampled
         # checksums are sums modulo 2^32, so those of the slabs add up to that of the tensor
         model_checksums: list[int | None] = [int(x) & 0xFFFFFFFF for x in np.sum(checksums, axis=0)]
         if output.base is not None and not needs_base:
@@ -379,52 +379,30 @@ class _Merger:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("count", "method", "static", "dtype", "out"))
+@functools.partial(jax.jit, static_argnames=("method", "static", "dtype", "out"))
 def _merge_slab(
     part: parts.Part,
     arrays: dict[str, jax.Array],
     rounding: jax.Array | None,
-    base: jax.Array | None,
     *,
-    count: int,
     method: str,
     static: table.Static,
     dtype: np.dtype,
     out: np.dtype,
 ) -> _SlabResult:
-    """Merge a slab and measure it in one program, so that each slab is dispatched once.
+    """Merge a slab and compute its checksums in one program, so that each is dispatched once.
 
     Args:
         part: the slab of all models.
         arrays: what the method's `prepare` returned.
         rounding: uint32[2], key of stochastic rounding, or None.
-        base: [count], the first elements of the base; None without diagnostics.
-        count: how many elements the diagnostics look at.
         method, static, dtype, out: see `table.merge_part`.
     """
     merged = table.merge_part(
         part, arrays, rounding, method=method, static=static, dtype=dtype, out=out
     )
     models = part.members if part.base is None else (*part.members, part.base)
-    checksums, not_finite = diagnostics.scan(models, part.offset)
-    if base is None:
-        return _SlabResult(merged, checksums, not_finite, None)
-    # Rows of at most 256 elements: float32 sums of rows are exact enough, float64 adds up the rows.
-    width = math.gcd(count, reductions.BLOCK)
-    rows = [x.reshape(-1)[:count].reshape(-1, width) for x in (*part.members, base, merged)]
-    # compared in the dtype of the output: the merged model is at the base if the files are equal
-    *member_rows, base_rows, merged_rows = [parts.round_to(x, out) for x in rows]
-    moments = diagnostics.moments(member_rows, base_rows, merged_rows)
-    count_redrawn = table.METHODS[method].count_redrawn(dict(static))
-    if count_redrawn is not None:
-        members, base_part = jax.tree.map(
-            lambda x: x.reshape(-1)[:count], (part.members, part.base)
-        )
-        # the first elements of a part keep their offset, so they draw the same numbers again
-        sample = part._replace(members=members, base=base_part)
-        redrawn = count_redrawn(sample, arrays["weights"], **dict(static))
-        moments = moments._replace(redrawn=redrawn)
-    return _SlabResult(merged, checksums, not_finite, moments)
+    return _SlabResult(merged, *diagnostics.scan(models, part.offset))
 
 
 def _refuse_overflow(name: str, merged: np.ndarray, part: parts.Part) -> None:

@@ -129,10 +129,10 @@ class FileTensor:
 
     def slabs(self) -> Iterator[Slab]:
         """Yield the slabs in which the tensor is merged: what the unit of the method allows."""
-        # flat, whatever the shape: full slabs of all tensors then run one compiled program
+        # in blocks, whatever the shape: full slabs of all tensors then run one compiled program
         if self._unit == "element":
             for start in range(0, self._output.size, self._slab):
-                yield start, (min(self._slab, self._output.size - start),)
+                yield start, _in_blocks(min(self._slab, self._output.size - start))
         elif self._unit == "tensor" or len(self.shape) < 2:
             # in the memory of the pool, which bounds how many workers hold a whole tensor
             if not self._loaded:
@@ -245,6 +245,14 @@ class FileTensor:
             source.read_into(view.name, start, stored)
             out[:] = safetensors.cast(stored, out.dtype, f"{source.label}: {view.name}")
         return out
+
+
+def _in_blocks(size: int) -> tuple[int, ...]:
+    """Return the shape of a run of elements: rows of one block each if possible, else flat.
+
+    What is the same for all elements of a block, such as its hash, is then computed once per block.
+    """
+    return (size,) if size % reductions.BLOCK else (size // reductions.BLOCK, reductions.BLOCK)
 
 
 _thread = threading.local()

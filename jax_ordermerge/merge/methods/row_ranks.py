@@ -102,4 +102,5 @@ def _sorting_keys(values: np.ndarray, positions: np.ndarray, width: int) -> tupl
     dtype = np.uint32 if is_narrow else np.uint64
     columns = positions & (width - 1) if width == 1 << column_bits else positions % width
     codes = (values >> np.uint32(shift)) - np.uint32(least)
-    return codes.astype(dtype) << dtype(column_bits) | columns.astype(dtype), column_bits
+    keys = np.left_shift(codes.astype(dtype), column_bits) | columns.astype(dtype)
+    return keys, column_bits

@@ -36,6 +36,18 @@ def largest(deltas, keep):
     return masks(tensor.part, cut)
 
 
+@pytest.mark.parametrize("start", [0, 256, 100, 2**32 - 300, 7 * 2**32 + 5])
+def test_places_of_rows_of_a_block_are_those_of_the_flat_part(start):
+    """Also where blocks cross rows, and where the upper half of the index changes."""
+    index = start + np.arange(1024, dtype=np.uint64)
+    offset = np.array([start & 0xFFFFFFFF, start >> 32], np.uint32)
+    for shape in ((4, 256), (1024,)):
+        part = parts.Part((jnp.zeros(shape),), None, np.zeros(2, np.uint32), offset)
+        block, within = top_k.places(part)
+        assert np.array_equal(block.ravel(), mix((index >> np.uint64(8)).astype(np.uint32)))
+        assert np.array_equal(within.ravel(), index & np.uint64(255))
+
+
 @BOTH
 @pytest.mark.parametrize("shape", [(1,), (255,), (256,), (3, 7, 41), (40, 64)])
 @pytest.mark.parametrize("levels", [1, 3, None])
