@@ -38,7 +38,9 @@ from jax_ordermerge.merge.plan import Output, Plan
 from jax_ordermerge.merge.slabs import FileTensor, MemoryPool
 
 SLAB_ELEMENTS = 1 << 20  # per model: 2 MB in bfloat16 stay in the cache of a core
-LOADED_BYTES = 3 << 28  # limit for tensors that are loaded as a whole, unless one is larger
+# Memory for tensors of which a method measures something first. Larger ones are read by each pass,
+# and alone in memory where the method needs all elements at once.
+LOADED_BYTES = 3 << 28
 
 Progress = Callable[[int, int, str], None]
 
@@ -150,8 +152,11 @@ def estimate(plan: Plan, workers: int | None = None) -> tuple[int, float]:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory += workers * SLAB_ELEMENTS * element_bytes
     if merger.pool.was_used:
-        # the pool holds whole tensors, at some time the largest
-        memory += largest.size * element_bytes
+        # the pool holds whole tensors, at some time the largest that it must
+        method = table.METHODS[largest.method]
+        needs_whole = method.unit(largest.parameters) == "tensor"
+        largest_bytes = largest.size * element_bytes
+        memory += largest_bytes if needs_whole else min(largest_bytes, LOADED_BYTES)
     # of one tensor: methods that need much of it merge one at a time
     memory += max(
         output.size * table.METHODS[output.method].workspace(len(output.members))

@@ -29,11 +29,12 @@ class MemoryPool:
     next tensor of the same size.
 
     Attributes:
+        limit: bytes.
         was_used: whether any memory was ever acquired.
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._in_use, self._changed = limit, 0, threading.Condition()
+        self.limit, self._in_use, self._changed = limit, 0, threading.Condition()
         self._free: list[np.ndarray] = []
         self.was_used = False
 
@@ -42,14 +43,14 @@ class MemoryPool:
         with self._changed:
             self.was_used = True
             # without the first condition a tensor above the limit would wait for ever
-            self._changed.wait_for(lambda: self._in_use == 0 or self._in_use + size <= self._limit)
+            self._changed.wait_for(lambda: self._in_use == 0 or self._in_use + size <= self.limit)
             self._in_use += size
             # exactly this size: layers repeat, so most tensors have a predecessor of their size
             for i, memory in enumerate(self._free):
                 if memory.size == size:
                     return self._free.pop(i)
             # free memory counts as well: give the oldest back to the system
-            while self._free and self._in_use + sum(x.size for x in self._free) > self._limit:
+            while self._free and self._in_use + sum(x.size for x in self._free) > self.limit:
                 self._free.pop(0)
         return _aligned(size)
 
@@ -91,7 +92,10 @@ class FileTensor:
         self._unit = table.METHODS[output.method].unit(output.parameters)
         self._memory: np.ndarray | None = None
         self._loaded: dict[View, np.ndarray] = {}
-        self._parts: list[parts.Part] = []
+        # all models one after another in the memory of the pool, each at a multiple of the alignment
+        size = output.size * self._dtype.itemsize
+        self._stride = -(-size // _ALIGNMENT) * _ALIGNMENT
+        self._is_checked = allow_nan
         # on the device once, and not with every slab
         self._key_bits = jax.device_put(
             table.key_bits(output.method, output.parameters, plan.seed, output.name, output.layer)
@@ -103,7 +107,6 @@ class FileTensor:
     def __exit__(self, *_: object) -> None:
         # the views go first: once it is released, another thread may overwrite the memory
         self._loaded.clear()
-        self._parts.clear()
         if self._memory is not None:
             self._pool.release(self._memory)
 
@@ -115,13 +118,18 @@ class FileTensor:
         among: Sequence[int] | None = None,
         **static: Any,
     ) -> Any:
-        """See `parts.Tensor.total`. The first call loads the tensor, since others will follow."""
-        if not self._loaded:
+        """See `parts.Tensor.total`.
+
+        The first call loads the tensor, since others will follow. One that is larger than the
+        memory for such tensors is read again by each call, so that memory does not grow with it.
+        """
+        if not self._loaded and len(self._output.views) * self._stride <= self._pool.limit:
             self._load()
         # One thread measures a tensor, in file order: sums from several threads would come in
         # another order each time.
         sums, choices = parts.Sums(reduce), tuple(static.items())
-        for part in self._parts if among is None else self._blocks(among):
+        for part in self._measured_parts() if among is None else self._blocks(among):
+            # this waits for the result, so that the next part may be in the same memory
             sums.add(
                 parts.measure(part, *arrays, function=function, static=choices, dtype=self._dtype)
             )
@@ -150,23 +158,32 @@ class FileTensor:
             yield first * width, (min(rows, self.shape[0] - first), *self.shape[1:])
 
     def _load(self) -> None:
-        dtype, size, views = self._dtype, self._output.size, self._output.views
-        stride = -(-size * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        size, views = self._output.size, self._output.views
         # one allocation for all models: tensors of one shape, of which a model has many, reuse it
-        self._memory = self._pool.acquire(len(views) * stride)
+        self._memory = self._pool.acquire(len(views) * self._stride)
         for i, view in enumerate(views):
-            out = self._memory[i * stride :][: size * dtype.itemsize].view(dtype)
+            out = self._memory[i * self._stride :][: size * self._dtype.itemsize].view(self._dtype)
             self._loaded[view] = self._read_into(view, 0, out)
             # before anything is computed from it: a cut, a norm or a cosine would be NaN
-            if not self._allow_nan and not safetensors.is_finite(out):
+            if not self._is_checked and not safetensors.is_finite(out):
                 self.refuse_not_finite()
-        slabs = self.slabs()
+        self._is_checked = True
+
+    def _measured_parts(self) -> Iterator[parts.Part]:
+        """Yield the tensor in parts, each of which may be in the memory of the one before."""
+        slabs = self.slabs() if self._unit == "element" else iter([(0, self.shape)])
         if self._unit != "element" and len(self.shape) >= 2:
             # Floating sums are made of blocks of 256 elements. A slab with a part of a block would
             # add in another order, so its bits would depend on the size of the slabs.
             width = math.prod(self.shape[1:])
             slabs = self._row_slabs(reductions.BLOCK // math.gcd(width, reductions.BLOCK))
-        self._parts = [self.part(start, shape) for start, shape in slabs]
+        for start, shape in slabs:
+            part = self.part(start, shape)
+            models = part.members if part.base is None else (*part.members, part.base)
+            if not self._is_checked and not all(map(safetensors.is_finite, models)):
+                self.refuse_not_finite()
+            yield part
+        self._is_checked = True
 
     def _blocks(self, elements: Sequence[int]) -> Iterator[parts.Part]:
         """Yield the blocks with these elements. One small program serves tensors of all shapes."""

@@ -68,6 +68,13 @@ def test_the_first_tensor_is_named_with_its_count(folder, tmp_path, method, dtyp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tensor_that_is_not_loaded_is_checked_by_the_first_pass(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "LOADED_BYTES", 0)
+    with pytest.raises(UserError, match=f"bad: {UP} has 3 of 16 elements"):
+        engine.merge_plan(plan_of(folder / "bfloat16", "karcher"), tmp_path / "out", workers=1)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_allowed_elements_are_counted_and_the_report_is_json(folder, tmp_path, method):
     try:
