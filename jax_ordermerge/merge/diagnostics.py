@@ -110,7 +110,7 @@ def scan(models: Sequence[jax.Array], offset: jax.Array | None = None) -> Scan:
     lo, hi = element_index(models[0].shape, offset)
     if models[0].size < 1 << 32:
         # The upper half changes at most once, so its hash need not be computed for each element.
-        first_lo, first_hi = (0, jnp.uint32(0)) if offset is None else offset
+        first_lo, first_hi = jnp.zeros(2, jnp.uint32) if offset is None else jnp.asarray(offset)
         hashed_hi = jnp.where(lo < first_lo, mix(first_hi + 1), mix(first_hi))
     else:
         hashed_hi = mix(hi)
