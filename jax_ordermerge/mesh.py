@@ -338,6 +338,30 @@ def _row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
+def update_groups(
+    fn: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]], mesh: Mesh
+) -> Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]:
+    """Map `fn(states, inputs, shared) -> (states, outputs)` of one device group over a population.
+
+    As `update_members`, but `fn` sees all members of the device group at once, on a leading axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> add = update_groups(lambda states, x, shared: (states + x.sum(), x), make_mesh(2))
+        >>> jax.jit(add)(jnp.zeros(4), jnp.arange(4), 0)[0].tolist()
+        [1.0, 1.0, 5.0, 5.0]
+    """
+    specs = P("order")
+    return jax.shard_map(
+        fn,
+        mesh=mesh,
+        in_specs=(specs, specs, P()),
+        out_specs=specs,
+        axis_names={"order"},
+        check_vma=False,
+    )
+
+
 def any_member(flag: jax.Array) -> jax.Array:
     """Return whether a flag is set for any member that runs at the same time.
 

@@ -15,7 +15,7 @@ LAYERS = [
     ("errors", "tree", "json_types", "user_cache", "console"),
     ("registry",),
     ("rng", "hardware", "arch", "mesh_shape", "program_cache"),
-    ("hash_rng", "mesh", "processes"),
+    ("fusion", "hash_rng", "mesh", "processes"),
     ("config",),
     ("analysis", "checkpoint", "model"),
     ("layout", "data"),

@@ -346,6 +346,11 @@ class Lora(Section):
     base_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="dtype of the frozen base in training; null is model.compute_dtype"
     )
+    fused: bool = Field(
+        False,
+        description="train the members of a device group as one program, which multiplies with the"
+        " base once for all of them; equal to the members alone up to rounding, not bit for bit",
+    )
 
     # "before": pydantic takes no string for a tuple
     @pydantic.field_validator("targets", mode="before")

@@ -2,12 +2,14 @@
 
 Each wave is a training of its own, with the layout of a run below `RunLayout.wave(n)`. In the end
 its files are combined into those of one training. A member alone becomes what it becomes in the
-population, so how a population is divided decides nothing but the time it takes.
+population, so how a population is divided decides nothing but the time it takes, and with
+`lora.fused` the rounding.
 """
 
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -187,9 +189,11 @@ def wave_size(members: int, groups: int, needs: compiled.Requirements, limit: fl
         >>> wave_size(8, 2, needs, limit=1000), wave_size(8, 2, needs, limit=60)
         (8, 4)
     """
-    # Members of a group are trained one after another: only their states grow with their number.
-    fixed = needs.temporaries + needs.shared
-    per_member = (needs.arguments - needs.shared) / (members // groups)
+    # Members of a group are trained one after another, and only their states grow with their
+    # number, unless they are fused.
+    count = members // groups
+    fixed = needs.temporaries - count * needs.growth + needs.shared
+    per_member = (needs.arguments - needs.shared) / count + needs.growth
     fitting = math.floor((limit - fixed) / per_member)
     if fitting < 1:
         raise UserError(
@@ -234,24 +238,48 @@ def _divide(ctx: RunContext) -> list[list[int]]:
 def _requirements(ctx: RunContext) -> compiled.Requirements:
     """Return the memory that training all members at once needs."""
     # Compilers of accelerators refuse a program that does not fit. Then it is computed from the
-    # needs of one member per group: only the states grow with the members.
-    spec, groups = ctx.training, ctx.mesh.shape["order"]
+    # needs of one member per group: only the states grow with the members, and, where members are
+    # fused, temporaries.
+    count = ctx.training.population.total // ctx.mesh.shape["order"]
     try:
-        return compiled.step_requirements(spec, ctx.model, ctx.mesh)
+        needs = _compile_step(ctx, count)
+        if not ctx.training.is_fused or count == 1:
+            return needs
+        growth = (needs.temporaries - _compile_step(ctx, 1).temporaries) // (count - 1)
+        return dataclasses.replace(needs, growth=max(growth, 0))
     except compiled.TooLarge:
-        smallest = spec.population.model_copy(update={"wave": groups})
-        try:
-            needs = compiled.step_requirements(
-                dataclasses.replace(spec, population=smallest), ctx.model, ctx.mesh
-            )
-        except compiled.TooLarge as error:
-            raise UserError(
-                "one member does not fit the devices; divide it over more of them (mesh.fsdp,"
-                " mesh.tensor), lower training.microbatch, or set model.remat = full"
-                f" ({str(error).splitlines()[0][:200]})"
-            ) from error
-        states = (needs.arguments - needs.shared) * (spec.population.total // groups)
-        return dataclasses.replace(needs, arguments=needs.shared + states)
+        pass
+    try:
+        needs = _compile_step(ctx, 1)
+    except compiled.TooLarge as error:
+        raise UserError(
+            "one member does not fit the devices; divide it over more of them (mesh.fsdp,"
+            " mesh.tensor), lower training.microbatch, or set model.remat = full"
+            f" ({str(error).splitlines()[0][:200]})"
+        ) from error
+    growth = _growth(ctx, needs) if ctx.training.is_fused else 0
+    return dataclasses.replace(
+        needs,
+        arguments=needs.shared + (needs.arguments - needs.shared) * count,
+        temporaries=needs.temporaries + (count - 1) * growth,
+        growth=growth,
+    )
+
+
+def _compile_step(ctx: RunContext, count: int) -> compiled.Requirements:
+    """Return what the training step needs with `count` members per device group."""
+    wave = count * ctx.mesh.shape["order"]
+    population = ctx.training.population.model_copy(update={"wave": wave})
+    spec = dataclasses.replace(ctx.training, population=population)
+    return compiled.step_requirements(spec, ctx.model, ctx.mesh)
+
+
+def _growth(ctx: RunContext, single: compiled.Requirements) -> int:
+    """Return by how much a second fused member raises the temporaries of a single one."""
+    try:
+        return max(_compile_step(ctx, 2).temporaries - single.temporaries, 0)
+    except compiled.TooLarge:
+        return sys.maxsize  # so that one member per group is what fits
 
 
 def _stored_waves(layout: RunLayout) -> list[list[int]]:

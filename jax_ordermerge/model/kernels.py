@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_ordermerge import fusion
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.errors import UserError
@@ -314,6 +315,9 @@ def _per_device(
     # cuDNN takes grouped heads, but heads of keys may be fewer than the devices that divide heads
     N, mesh = q_BTNH.shape[2], jax.sharding.get_abstract_mesh()
     k_BTKH, v_BTKH = (_repeat_kv_heads(x, N) for x in (k_BTKH, v_BTKH))
+    if fusion.fused_members() > 1:
+        # jax's rule for `vmap` takes a mask for one of all heads, and fails
+        attention = fusion.merge_rows(attention)
     if not mesh.empty:
         spec = meshes.partition(("batch", None, "heads", None), q_BTNH.shape, mesh)
         attention = meshes.per_device(attention, (spec, spec, spec, P(spec[0])), spec)

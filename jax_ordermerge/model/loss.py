@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jax_ordermerge import fusion
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.model.layers import Form, capped
 from jax_ordermerge.tree import PyTree
@@ -242,7 +243,8 @@ def _chunks(x_BTD: jax.Array, *labels: jax.Array | None) -> tuple[PyTree, ...]:
     """
     B, T, _ = x_BTD.shape
     parts = _length_parts(T)
-    size = min(T // parts, max(1, _ROWS * meshes.extent("batch") // B))
+    # rows of other members that are fused with this one are in memory too
+    size = min(T // parts, max(1, _ROWS * meshes.extent("batch") // (B * fusion.fused_members())))
     chunks = -(-T // parts // size)
     # the same size for all chunks: a scan has one shape, and equal chunks pad least
     size = -(-T // parts // chunks)

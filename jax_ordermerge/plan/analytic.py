@@ -32,14 +32,15 @@ MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.8, 0.8
 _EXPOSED = 0.2
 
 
-def assumptions(topology: Topology) -> tuple[str, ...]:
+def assumptions(topology: Topology, *, fused: bool = False) -> tuple[str, ...]:
     """Return what the estimate of times rests on, one sentence each."""
+    members = "as one program (lora.fused)" if fused else "one after another"
     return (
         calibration.describe(topology.device),
         f"memory reaches {MEMORY_EFFICIENCY:.0%} and links {LINK_EFFICIENCY:.0%} of the data sheet",
         "matmuls, memory and collectives overlap: a step takes the longest of them and"
         f" {_EXPOSED:.0%} of the others",
-        "members of a device group run one after another",
+        f"members of a device group run {members}",
         "reading data, saving checkpoints, compilation and the network's latency take no time",
     )
 
@@ -289,7 +290,8 @@ class _StepCosts:
     """The costs of a step per device, by kind.
 
     Members of a device group run one after another, so temporaries are those of one member, while
-    FLOPs and traffic are those of all members of the group.
+    FLOPs and traffic are those of all members of the group. With `lora.fused` they are one program:
+    temporaries are those of all of them, and the base is gathered and read once.
     """
 
     def __init__(
@@ -300,6 +302,8 @@ class _StepCosts:
         self.order, self.data, self.fsdp, self.sequence, self.tensor = self.mesh.shape.values()
         # those of one device group
         self.members = -(-len(spec.first_wave) // self.order)
+        # of one program
+        self.fused = self.members if spec.is_fused else 1
         self.microbatches = spec.training.batch // spec.microbatch
         # a microbatch that the batch axes do not divide is replicated over them
         batch_axes = self.data * self.fsdp
@@ -329,11 +333,13 @@ class _StepCosts:
 
     def temporaries(self) -> float:
         """Return the bytes that live within a step."""
-        fsdp, tensor, tokens, item = self.fsdp, self.tensor, self.tokens, self.item
+        fsdp, tensor, item = self.fsdp, self.tensor, self.item
+        tokens = self.fused * self.tokens
         heads, kv, adapters = self.heads, self.kv, self.frozen > 0
         D, F, V = self.model.hidden_size, self.model.intermediate_size, self.model.vocab_size
         # gradients in float32; while they accumulate, the sum and those of the microbatch
-        gradients = 4 * (self.trained / fsdp / tensor) * (2 if self.microbatches > 1 else 1)
+        gradients = 4 * self.fused * (self.trained / fsdp / tensor)
+        gradients *= 2 if self.microbatches > 1 else 1
         # weights in the compute dtype: XLA casts all of them ahead of the loop over layers
         casts = item < 4 and (not adapters or self.spec.base_dtype == "float32")
         cast = item * (self.frozen or self.trained) / fsdp / tensor if casts else 0
@@ -361,7 +367,7 @@ class _StepCosts:
         scores = 0.0
         if self.kernel == "xla":
             block = max(64, -(-self.work.length // 8))
-            queries = self.rows * self.model.num_heads / tensor * block
+            queries = self.fused * self.rows * self.model.num_heads / tensor * block
             scores = 3 * 4 * queries * self.work.length
         # the head runs over blocks of 512 tokens: float32 logits and their gradients, and the
         # gradient of the head
@@ -415,7 +421,7 @@ class _StepCosts:
             pairs = self.rows * self.work.length**2 / 2 / self.sequence
             scores = 4 * 6 * passes * layers * self.model.num_heads / tensor * pairs
         logits = 4 * 4 * self.tokens * self.model.vocab_size / tensor
-        microbatch = weights + activations + scores + logits
+        microbatch = weights / self.fused + activations + scores + logits
         return self.members * (self.microbatches * microbatch + update)
 
     def traffic(self) -> dict[str, float]:
@@ -425,7 +431,8 @@ class _StepCosts:
         trained = self.trained / self.tensor
         # weights are gathered forward, backward and recomputed; gradients are reduced to shards
         gathers = 3 if self.recomputes else 2
-        fsdp = _remote(self.fsdp) * times * (gathers * weights + self.item * trained)
+        gathered = gathers * weights / self.fused
+        fsdp = _remote(self.fsdp) * times * (gathered + self.item * trained)
         # an all-reduce is a reduce-scatter and an all-gather: twice the remote part, in float32
         data = 2 * _remote(self.data) * times * 4 * trained / self.fsdp
         # all-reduces per layer: two forward, two backward, two recomputed
@@ -436,7 +443,7 @@ class _StepCosts:
         keys = 2 * self.kv * self.item * self.rows * self.work.length
         sequence = _remote(self.sequence) * times * layers * gathers * keys
         traffic = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
-        # Members of a group run one after another, so their traffic adds up.
+        # of all members of a group, together or one after another
         return {axis: self.members * size for axis, size in traffic.items() if size}
 
 

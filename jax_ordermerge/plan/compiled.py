@@ -45,6 +45,8 @@ class Requirements:
         collectives: see `collectives.read_collectives`.
         seconds: time of the compilation.
         shared: bytes per device that all members share, such as the frozen base of adapters.
+        growth: bytes per device that each member of a device group adds to `temporaries`; 0 where
+            members run one after another.
     """
 
     arguments: int
@@ -52,6 +54,7 @@ class Requirements:
     collectives: Collectives
     seconds: float
     shared: int = 0
+    growth: int = 0
 
     @property
     def bytes(self) -> int:

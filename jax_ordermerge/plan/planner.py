@@ -103,7 +103,7 @@ def plan_experiment(
         candidates=tuple(candidates[:_LISTED]),
         programs=planner.plan_programs(best.spec) if compiles else {},
         experiment=experiment,
-        assumptions=analytic.assumptions(target),
+        assumptions=analytic.assumptions(target, fused=spec.is_fused),
         notes=tuple(notes),
     )
 
@@ -153,6 +153,23 @@ def estimate(
     )
     option = planner.plan_step(spec, {})
     return option, plan_stages(spec, inputs, topology, option)
+
+
+def plan_training_step(
+    spec: PlanSpec, topology: Topology, architecture: str, log: Log = lambda message: None
+) -> OptionPlan:
+    """Plan the training step alone, as configured, by the compiler.
+
+    Args:
+        spec: settings; data files are not read: rows are of `data.max_length`.
+        topology: see `plan_experiment`, as `architecture` and `log`.
+
+    Raises:
+        UserError: see `plan_experiment`.
+    """
+    inputs = read_inputs(spec, architecture, spec.training.batch, None)
+    work = measure_workload(spec, inputs)
+    return _Planner(topology, inputs, work, compiles=True, log=log).plan_step(spec, {})
 
 
 def present_topology(spec: PlanSpec) -> Topology:

@@ -334,7 +334,18 @@ class Training:
 
     def _describe_members(self) -> None:
         """Log where a member is not simply the last weights of a training of its own."""
-        training = self.spec.training
+        training, fused = self.spec.training, self.programs.fused_members
+        if fused > 1:
+            self.watch.log(
+                f"{fused} members at a time are one program (lora.fused): each is the member alone"
+                " up to rounding, not bit for bit"
+            )
+        elif self.spec.is_fused:
+            self.watch.log(
+                "lora.fused changes nothing here: each device group has one member"
+                f" ({len(self.plan.members)} members, mesh.order ="
+                f" {self.programs.mesh.shape['order']})"
+            )
         if training.ema is not None:
             self.watch.log(
                 f"the members are averages of their weights (training.ema = {training.ema})"
@@ -366,6 +377,9 @@ class Training:
             "versions": recorder.versions(),
             "parameters": parameter_count(self.programs.model),
         }
+        # the members of such a training have no bits of their own
+        if self.programs.fused_members > 1:
+            state["fused_members"] = self.programs.fused_members
         if self.programs.held_out:
             state["best_steps"] = best_steps.tolist()
             state["best_validation_losses"] = best_losses.tolist()

@@ -70,6 +70,12 @@ class Programs:
             return validation.BRANCH
         return "params" if self.spec.training.ema is None else optimizer.AVERAGES
 
+    @property
+    def fused_members(self) -> int:
+        """How many members are one program; 1 where they run one after another."""
+        # a member that has its devices for itself has nobody to share the base's products with
+        return len(self.plan.members) // self.mesh.shape["order"] if self.spec.is_fused else 1
+
     # ------------------------------------------------------------------------------ arrays
 
     def initial_state(self, load_base: LoadBase) -> TrainState:
@@ -92,7 +98,9 @@ class Programs:
         elementwise = OPTIMIZERS[self.spec.training.optimizer.kind].elementwise
         if elementwise and layers.choose_form(self.mesh) == "by_head":
             shapes = optimizer.distinct_shapes(trained, self.mesh)
-        step = steps.train_step(
+        is_fused = self.fused_members > 1
+        build = steps.fused_step if is_fused else steps.train_step
+        step = build(
             self.trainable.objective,
             self.tx,
             optimizer.make_schedule(self.spec.training, self.plan.steps),
@@ -101,7 +109,8 @@ class Programs:
             shapes=shapes,
         )
         options = compiler_options.resolve(self.spec.model, self.mesh)
-        return steps.compile_step(step, self.mesh, self.state, self.batch, self.frozen, options)
+        arguments = self.state, self.batch, self.frozen
+        return steps.compile_step(step, self.mesh, *arguments, options, fused=is_fused)
 
     def compile_mixing(self) -> Callable[[TrainState, int], TrainState]:
         """Return `(state, steps done) -> state`, the mixing after a step; by default nothing."""

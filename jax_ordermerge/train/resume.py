@@ -43,9 +43,13 @@ def identity(programs: Programs) -> Json:
     }
     lora = None
     if spec.lora is not None:
-        deciding |= {"lora": spec.lora.model_dump(mode="json"), "base_dtype": spec.base_dtype}
+        settings = spec.lora.model_dump(mode="json")
+        # only where it differs from before, so that a training that was begun before can continue
+        if not settings["fused"]:
+            del settings["fused"]
+        deciding |= {"lora": settings, "base_dtype": spec.base_dtype}
         lora = spec.lora.model_dump(mode="json", include=_LORA_SHAPE)
-    # only where it differs from before, so that a training that was begun before it can continue
+    # as above
     if spec.population.vary != "order":
         deciding["vary"] = spec.population.vary
     # they may change the order of additions

@@ -62,6 +62,11 @@ class TrainingSpec:
     tracking: TrackingSpec = field(default_factory=TrackingSpec)
 
     @property
+    def is_fused(self) -> bool:
+        """Whether the members of a device group train as one program (`lora.fused`)."""
+        return self.lora is not None and self.lora.fused
+
+    @property
     def first_wave(self) -> tuple[int, ...]:
         """Members that are trained together first: all, or as many as `population.wave` says."""
         members = self.population.total

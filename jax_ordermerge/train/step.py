@@ -14,8 +14,8 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_ordermerge import fusion, tree
 from jax_ordermerge import mesh as meshes
-from jax_ordermerge import tree
 from jax_ordermerge.data.pack import SEQUENCES
 from jax_ordermerge.train.compiler_options import EXACT, Options
 from jax_ordermerge.train.objective import ExampleSums, Objective
@@ -63,6 +63,49 @@ class Metrics(NamedTuple):
 # ---------------------------------------------------------------------------------- one member
 
 
+class _Member:
+    """The parts of a step of one member: gradients of a microbatch, and the update."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        tx: optax.GradientTransformation,
+        rate: optax.Schedule,
+        specs: Tree | None,
+        shapes: DistinctShapes | None,
+    ) -> None:
+        self.objective, self.tx, self.rate, self.specs = objective, tx, rate, specs
+        self.shapes = shapes or DistinctShapes()
+
+    def gradients(
+        self, length: int, params: Tree, microbatch: Batch, frozen: Tree
+    ) -> tuple[Tree, ExampleSums]:
+        short = shorten(microbatch, length)
+        grads, sums = jax.grad(self.objective, has_aux=True)(params, short, frozen)
+        # Gradients are as large as the parameters. Without the constraint XLA may choose to hold
+        # the sum that the scan carries undivided on every device.
+        if self.specs is not None:
+            grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, self.specs)
+        return grads, sums
+
+    def update(
+        self, state: TrainState, summed: Tree, examples: ExampleSums, ids: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        # Sum first and divide once: microbatches have different numbers of response tokens, and a
+        # mean of their means would weigh the tokens of a short one more.
+        weight = jnp.maximum(examples.weights.sum(), 1.0)  # 1 where all of the batch is padding
+        shapes = self.shapes
+        mean = jax.tree.map(lambda g: g / weight, shapes.widen(summed))
+        old = shapes.widen(state.params)
+        updates, opt_state = self.tx.update(mean, shapes.widen(state.opt_state), old)
+        loss = examples.losses.sum() / weight
+        learning_rate = jnp.asarray(self.rate(state.step), jnp.float32)
+        norm = optax.tree.norm(mean)
+        metrics = Metrics(loss, norm, learning_rate, ids, examples)
+        params, opt_state = shapes.narrow((optax.apply_updates(old, updates), opt_state))
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+
 def train_step(
     objective: Objective,
     tx: optax.GradientTransformation,
@@ -92,43 +135,68 @@ def train_step(
         with T the longest length, `ids`, `bucket` and whatever else the objective reads. `frozen`
         is what the objective reads but does not train, `{}` if nothing.
     """
-
-    update_shapes = shapes or DistinctShapes()
-
-    def gradients(
-        length: int, params: Tree, microbatch: Batch, frozen: Tree
-    ) -> tuple[Tree, ExampleSums]:
-        short = shorten(microbatch, length)
-        grads, sums = jax.grad(objective, has_aux=True)(params, short, frozen)
-        # Gradients are as large as the parameters. Without the constraint XLA may choose to hold
-        # the sum that the scan carries undivided on every device.
-        if specs is not None:
-            grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, specs)
-        return grads, sums
-
+    member = _Member(objective, tx, rate, specs, shapes)
     # One program with a branch per padded length, instead of a program per length: members that run
     # at the same time may need different lengths at the same step.
-    by_length = [functools.partial(gradients, length) for length in lengths]
+    by_length = [functools.partial(member.gradients, length) for length in lengths]
 
     def step(state: TrainState, batch: Batch, frozen: Tree) -> tuple[TrainState, Metrics]:
         def microbatch_gradients(microbatch: Batch) -> tuple[Tree, ExampleSums]:
             return switch(microbatch["bucket"], by_length, state.params, microbatch, frozen)
 
-        # Sum first and divide once: microbatches have different numbers of response tokens, and a
-        # mean of their means would weigh the tokens of a short one more.
         summed, examples = _accumulate(microbatch_gradients, batch, state.params)
-        weight = jnp.maximum(examples.weights.sum(), 1.0)  # 1 where all of the batch is padding
-        mean = jax.tree.map(lambda g: g / weight, update_shapes.widen(summed))
-        old = update_shapes.widen(state.params)
-        updates, opt_state = tx.update(mean, update_shapes.widen(state.opt_state), old)
-        loss = examples.losses.sum() / weight
-        learning_rate = jnp.asarray(rate(state.step), jnp.float32)
-        norm = optax.tree.norm(mean)
-        metrics = Metrics(loss, norm, learning_rate, batch["ids"], examples)
-        params, opt_state = update_shapes.narrow((optax.apply_updates(old, updates), opt_state))
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return member.update(state, summed, examples, batch["ids"])
 
     return step
+
+
+def fused_step(
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    rate: optax.Schedule,
+    *,
+    lengths: Sequence[int],
+    specs: Tree | None = None,
+    shapes: DistinctShapes | None = None,
+) -> Step:
+    """Return the step of all members of a device group as one program, see `Lora.fused`.
+
+    Each member has its own gradients, clipping and update, as in `train_step`. Products with
+    `frozen` are over the rows of all members, which sum in another order, so a member does not have
+    the bits that it has alone.
+
+    Args:
+        objective, tx, rate, lengths, specs, shapes: see `train_step`.
+
+    Returns:
+        `(states, batches, frozen) -> (states, metrics)` with a leading `M` everywhere but in
+        `frozen`.
+    """
+    member = _Member(objective, tx, rate, specs, shapes)
+    by_length = [
+        fusion.fuse_members(functools.partial(member.gradients, length), (True, True, False))
+        for length in lengths
+    ]
+
+    def step(states: TrainState, batches: Batch, frozen: Tree) -> tuple[TrainState, Metrics]:
+        def microbatch_gradients(microbatches: Batch) -> tuple[Tree, ExampleSums]:
+            # The longest of all members: a choice per member would compute every branch for every
+            # member. What a longer branch adds to a member is padding.
+            bucket = microbatches["bucket"].max()
+            return switch(bucket, by_length, states.params, microbatches, frozen)
+
+        # the scan over microbatches is outermost, so their axis comes first
+        by_microbatch = jax.tree.map(_swap, batches)
+        summed, examples = _accumulate(microbatch_gradients, by_microbatch, states.params)
+        update = fusion.fuse_members(member.update, (True,) * 4)
+        return update(states, summed, jax.tree.map(_swap, examples), batches["ids"])
+
+    return step
+
+
+def _swap(x: jax.Array) -> jax.Array:
+    """Exchange the axes of members and microbatches."""
+    return jnp.swapaxes(x, 0, 1)
 
 
 def shorten(microbatch: Mapping[str, jax.Array], length: int) -> Batch:
@@ -234,27 +302,31 @@ def compile_step(
     batch: Mapping[str, jax.ShapeDtypeStruct],
     frozen: Tree,
     options: Options = EXACT,
+    *,
+    fused: bool = False,
 ) -> Step:
-    """Compile a step of one member over the population.
+    """Compile a step of one member, or of one device group, over the population.
 
     It is compiled once, ahead of time: an argument of another shape or sharding is an error, not a
     new program.
 
     Args:
-        step: from `train_step`.
+        step: from `train_step`, or with `fused` from `fused_step`.
         mesh: the mesh.
         state: from `abstract_state`; it is donated.
         batch: abstract, with a leading `M` and shardings.
         frozen: abstract, with shardings and without `M`: one copy for all members.
         options: of the compiler, see `compiler_options.resolve`.
+        fused: whether the step takes all members of a device group at once.
     """
-    # Why not `jax.vmap` over members: it turns their matmuls into batched ones, which sum in
+    # Why not always `jax.vmap` over members: it turns their matmuls into batched ones, which sum in
     # another order, so a member would not have the bits that it has alone. It also needs the
     # activations of all members at once. So members of a device group run one after another
     # (`lax.scan`), and device groups next to each other (`shard_map` over `order`), without any
-    # communication.
+    # communication. `lora.fused` gives that up where all members read one base.
+    mapped = meshes.update_groups if fused else meshes.update_members
     population = jax.jit(
-        meshes.update_members(step, mesh),
+        mapped(step, mesh),
         in_shardings=(shardings(state), shardings(batch), shardings(frozen)),
         out_shardings=(shardings(state), NamedSharding(mesh, P("order"))),
         # Parameters and moments are updated in place. Without donation two copies of the population

@@ -2,19 +2,21 @@
 
 import json
 import pathlib
+import sys
 import types
 
 import jax
 import numpy as np
 import pytest
 
-from jax_ordermerge.config import Population, load_config
+from jax_ordermerge.config import Lora, Population, load_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import pipeline, waves
 from jax_ordermerge.merge.sources.references import open_model
 from jax_ordermerge.plan import planner
-from jax_ordermerge.plan.compiled import Requirements
+from jax_ordermerge.plan.compiled import Requirements, TooLarge
 from jax_ordermerge.plan.spec import PlanSpec
+from jax_ordermerge.train.spec import TrainingSpec
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,35 @@ def test_sizes_of_waves_follow_from_memory():
     assert sizes == {552: 8, 478: 4, 368: 4, 276: 2, 202: 2}
     with pytest.raises(UserError, match=r"one member needs .* GiB per device"):
         waves.wave_size(8, 2, needs, 184)
+
+
+def test_waves_of_fused_members_count_the_activations_of_each():
+    """4 members per group: 100 bytes of state and 20 of temporaries each, 20 of all of them."""
+    needs = Requirements(arguments=400, temporaries=100, collectives={}, seconds=0, growth=20)
+    sizes = {limit: waves.wave_size(8, 2, needs, limit) for limit in (500, 499, 260, 259, 140)}
+    assert sizes == {500: 8, 499: 4, 260: 4, 259: 2, 140: 2}
+    with pytest.raises(UserError, match=r"one member needs .* GiB per device"):
+        waves.wave_size(8, 2, needs, 139)
+
+
+@pytest.mark.parametrize(
+    ("largest", "growth", "waves_of"), [(4, 20, 8), (3, 20, 4), (2, 20, 4), (1, sys.maxsize, 2)]
+)
+def test_needs_of_fused_members_that_no_compiler_takes(largest, growth, waves_of, monkeypatch):
+    """The compiler refuses more than `largest` members per group, whose needs follow from fewer."""
+
+    def compile_step(ctx, count):
+        if count > largest:
+            raise TooLarge("RESOURCE_EXHAUSTED")
+        return Requirements(100 * count + 7, 20 + 20 * count, {}, 0, shared=7)
+
+    monkeypatch.setattr(waves, "_compile_step", compile_step)
+    spec = TrainingSpec(population=Population(members=8), lora=Lora(fused=True))
+    ctx = types.SimpleNamespace(training=spec, mesh=types.SimpleNamespace(shape={"order": 2}))
+    needs = waves._requirements(ctx)
+    assert (needs.arguments, needs.growth) == (407, growth)
+    limit = 27 + 120 * largest
+    assert waves.wave_size(8, 2, needs, limit) == waves_of
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_ordermerge import fusion
 from jax_ordermerge import mesh as meshes
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.errors import UserError
@@ -232,6 +233,45 @@ def test_cudnn_on_a_mesh_keeps_documents_apart():
     out = np.asarray(jax.jit(members)(pair, tokens))[1]
     real = tokens.segments > 0
     close(out[real], naive(q, k, v, tokens, tokens, None)[real], 1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "cudnn_packed", "splash_interpreted"])
+def test_fused_members_have_the_attention_of_each(kernel, reference_cudnn, monkeypatch):
+    """Of cuDNN one call has the rows of all members, inside a rematerialized scan on a mesh."""
+    # two rows per member, of other documents in each
+    members = inputs(24, 24), [0.7 * x[::-1] for x in inputs(24, 24)]
+    lengths = [(20,), (11,)] if kernel == "cudnn" else [(10, 5), (3, 16)]
+    tokens = jax.tree.map(lambda *x: jnp.stack(x), *(packed(24, sizes) for sizes in lengths))
+    arrays = tuple(jnp.stack(x) for x in zip(*members, strict=True))
+    rows, real = [], jax.nn.dot_product_attention
+
+    def record(q, *rest, **named):
+        rows.append(len(q))
+        return real(q, *rest, **named)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+
+    def loss(arrays, tokens):
+        def layer(total, _):
+            out = attend(*arrays, tokens, tokens, kernel=kernel)
+            return total + jnp.sin(out).sum(), None
+
+        return jax.lax.scan(jax.checkpoint(layer), jnp.zeros(()), length=2)[0]
+
+    step = jax.value_and_grad(loss)
+
+    def both(states, inputs, shared):
+        return states, fusion.fuse_members(step, (True, True))(states, inputs)
+
+    mesh = meshes.make_mesh(1, 2)
+    _, fused = jax.jit(meshes.update_groups(both, mesh))(arrays, tokens, ())
+    # a device has one row of each of two members
+    assert (2 in rows) == (kernel != "splash_interpreted")
+    for member in (0, 1):
+        of_member = jax.tree.map(lambda x: x[member], (arrays, tokens))  # noqa: B023
+        expected = jax.jit(step)(*of_member)
+        for actual, alone in zip(jax.tree.leaves(fused), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(actual[member], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("reference_cudnn")

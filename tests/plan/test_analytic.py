@@ -54,6 +54,25 @@ def test_adapters_hold_the_base_once():
     assert memory.base == 2 * (MATRICES / 4 + NORMS)  # bfloat16, once
 
 
+def test_fused_members_gather_the_base_once_and_hold_all_activations():
+    lora, mesh = {"rank": 2, "targets": ["q"]}, {"order": 1, "fsdp": 8}
+    exact, fused = (
+        estimate("v5e:2x4", mesh=mesh, lora={**lora, "fused": fused}) for fused in (False, True)
+    )
+    # 4 members; the base is gathered in bfloat16 forward, backward and recomputed, 7/8 are remote
+    adapters = 2 * 2 * (8 * 2 + 2 * 8)
+    assert exact.traffic["fsdp"] == 4 * 7 / 8 * (3 * 2 * (MATRICES + NORMS) + adapters)
+    assert fused.traffic["fsdp"] == 7 / 8 * (3 * 2 * (MATRICES + NORMS) + 4 * adapters)
+    # a row of 16 tokens per member and device; gathered weights of the base are there once
+    per_token = 2 * (2 * 8) + 2 * (6 * 8 + (3 * 8 + 3 * 8 + 5 * 16)) + 4 * 2 * 8
+    gradients = 4 * (adapters / 2) / 8
+    growth = fused.memory.temporaries - exact.memory.temporaries
+    assert growth == 3 * (gradients + 16 * per_token)
+    assert fused.memory.base == exact.memory.base
+    assert fused.flops == exact.flops
+    assert fused.moved < exact.moved
+
+
 @pytest.mark.parametrize(
     ("topology", "mesh", "dtype", "head"),
     [

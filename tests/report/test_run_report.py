@@ -130,6 +130,7 @@ def training(directory, members=3):
         "compilations": 1,
         "versions": {"jax": "0.10"},
         "parameters": 7,
+        "fused_members": 3,
     }
     dump(directory / "metrics" / "state.json", state)
 
@@ -224,6 +225,7 @@ def test_the_page_says_what_the_numbers_say(run):
             "d1g3st",
             "0rd3r",
             "12.5 s",
+            "3 members at a time in one program (lora.fused)",
             "resample=2",
             "dropped 3",
             "4321",

@@ -118,14 +118,22 @@ def tiny_train(tiny_examples, tiny_base, tiny_spec):
     """Return a function that trains in a directory and returns what is there."""
 
     def run(
-        directory, mesh, *, members=None, stop_at=None, on_line=None, held_out=None, **sections
+        directory,
+        mesh,
+        *,
+        members=None,
+        stop_at=None,
+        on_line=None,
+        held_out=None,
+        base=None,
+        **sections,
     ):
         spec = tiny_spec(**sections)
         watch = Recorder(stop_at, on_line)
         loop.train(
             spec,
             MODEL,
-            tiny_base,
+            tiny_base if base is None else base,
             tiny_examples,
             mesh,
             RunLayout(directory),

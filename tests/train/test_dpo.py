@@ -325,3 +325,13 @@ def test_batches_of_pairs_on_the_mesh(tiny_spec, pairs, shape):
         for row in plan.rows(1).ravel()
         if row >= 0
     )
+
+
+@pytest.mark.slow
+def test_fused_adapters_have_the_losses_of_adapters_one_after_another(train, tmp_path):
+    losses = [
+        train(tmp_path / str(fused), make_mesh(1, 2), lora={"rank": 3, "fused": fused})[2]
+        for fused in (False, True)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=1e-5)
+    assert np.ptp(losses[0][0]) > 1e-3

@@ -397,7 +397,7 @@ def test_the_base_is_held_in_the_dtype_of_the_products(tmp_path, low_train):
     assert make_config({}).base_dtype == "float32"
     dtypes = []
 
-    def compile_step(step, mesh, state, batch, frozen, options):
+    def compile_step(step, mesh, state, batch, frozen, options, *, fused):
         dtypes.append({x.dtype.name for x in jax.tree.leaves(frozen)})
         raise KeyboardInterrupt
 
