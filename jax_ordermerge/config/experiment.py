@@ -194,6 +194,12 @@ def _training_conflicts(config: Config) -> Iterator[str]:
             "lora adapts a pretrained base, model.init = random has none; set it to pretrained, or"
             " lora to null"
         )
+    fused = config.lora is not None and config.lora.fused
+    if fused and config.training.optimizer_memory == "host":
+        yield (
+            "training.optimizer_memory = host moves the state of one member after another, and"
+            " lora.fused updates all at once; give device"
+        )
 
 
 def _data_conflicts(config: Config) -> Iterator[str]:

@@ -32,10 +32,11 @@ class Model(Section):
     )
     # Not `none` by default: keeping everything costs memory, and in the benchmark on CPU it was not
     # faster (benchmarks/RESULTS.md).
-    remat: Literal["none", "full", "dots"] = Field(
+    remat: Literal["none", "full", "dots", "offload"] = Field(
         "dots",
         description="what the backward pass recomputes. dots: all but matmuls, often the fastest;"
-        " full: whole layers, the least memory",
+        " full: whole layers, from their inputs; offload: as full, and the inputs wait in the"
+        " memory of the host, the least memory of the device",
     )
     # The options themselves are in `train.compiler_options`, with their sources.
     compiler_preset: Literal["async_collectives", "no_windowed_einsum"] | None = Field(

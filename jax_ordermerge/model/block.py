@@ -5,11 +5,12 @@ Axis letters as in `llama.py`.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jax_ordermerge import mesh as meshes
@@ -21,6 +22,8 @@ from jax_ordermerge.model.rope import Rotation, rotate
 
 # Gemma was trained with the approximation by tanh: the exact GELU would be another model.
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+# Name of the input of a layer for rematerialization policies.
+LAYER_INPUT: Final = "layer_input"
 KeysValues = Sequence[jax.Array] | None
 
 
@@ -193,6 +196,7 @@ class Block(nn.Module):
         layer: PerLayer,
     ) -> tuple[jax.Array, KeysValues]:
         c = self.config
+        x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
         attention = Attention(
             c, self.dtype, self.window, self.kernel, self.last_only, self.form, name="attention"
         )

@@ -23,7 +23,7 @@ from jax_ordermerge import tree
 from jax_ordermerge.arch import ModelConfig, Rope, tensor_table
 from jax_ordermerge.model import initial
 from jax_ordermerge.model.attention import Tokens
-from jax_ordermerge.model.block import Block, LayerInputs, PerLayer, last, norm
+from jax_ordermerge.model.block import LAYER_INPUT, Block, LayerInputs, PerLayer, last, norm
 from jax_ordermerge.model.kernels import MIXED, Kernel
 from jax_ordermerge.model.layers import (
     ADAPTED,
@@ -37,7 +37,7 @@ from jax_ordermerge.model.layers import (
 from jax_ordermerge.model.rope import Rotation, rotation
 from jax_ordermerge.tree import PyTree
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "dots", "offload"]
 _REMAT_POLICIES = {
     "full": None,
     # A product is saved after its adapter's change was added: with the policy for products alone
@@ -45,6 +45,12 @@ _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(MIXED, ADAPTED),
+    ),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
     ),
 }
 
@@ -216,9 +222,9 @@ def hidden(
         cache: from `init_cache`, with at least T free slots; the tokens are written at
             `cache.length`. A cache of exactly T slots must be empty.
         dtype: dtype of the products, float32 or bfloat16.
-        remat: what the backward pass recomputes: nothing (`none`), whole layers (`full`), or all
-            but products with weights and the output of attention (`dots`; also faster than `none`
-            where memory is slow).
+        remat: what the backward pass recomputes: nothing (`none`), whole layers (`full`; with
+            `offload` their inputs wait in the memory of the host), or all but products with weights
+            and the output of attention (`dots`; also faster than `none` where memory is slow).
         kernel: attention kernel without a cache, from `kernels.choose`.
         form: of the program without a cache, from `layers.choose_form`.
         last_only: return the last token alone, [B, 1, D]. With a cache the last layer then computes

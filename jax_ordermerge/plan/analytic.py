@@ -262,9 +262,12 @@ def _state_bytes(
     state = steps.abstract_state(params, optimizer, mesh)
     # the best weights of each member are a second copy of the parameters
     copies = 2 if training.checkpoint == "best" else 1
+    local = members // mesh.shape["order"]
+    on_device = 1 / local if training.optimizer_memory == "host" else 1
     return {
         "parameters": bytes_per_device(state.params) * copies,
-        "optimizer": bytes_per_device((state.opt_state, state.step)),
+        # on the host, but for that of the member that is updated
+        "optimizer": round(bytes_per_device((state.opt_state, state.step)) * on_device),
         "base": bytes_per_device(convert.abstract_tensors(frozen, mesh, dtype=base_dtype)),
     }
 
@@ -319,7 +322,7 @@ class _StepCosts:
         self.heads = model.num_heads * model.head_dim
         self.kv = model.num_kv_heads * model.head_dim
         # `dots` repeats elementwise work only, which no count of matmuls sees
-        self.recomputes = spec.model.remat == "full"
+        self.recomputes = spec.model.remat in ("full", "offload")
 
     def memory(self) -> Memory:
         # five arrays of four bytes per token (tokens, targets, positions, segments, weights), two
@@ -358,8 +361,10 @@ class _StepCosts:
             "dots": (2 * heads + 2 * kv + 2 * F) / tensor + D,
             "none": (5 * heads + 5 * kv + 4 * F) / tensor + 8 * D,
         }
-        # The input of a layer is kept in every mode: recomputation starts from it.
-        saved = D + results[self.spec.model.remat]
+        # The input of a layer is kept in every mode: recomputation starts from it. On the host it
+        # takes no memory here.
+        remat = self.spec.model.remat
+        saved = 0 if remat == "offload" else D + results[remat]
         activations = self.model.num_layers * tokens * saved * item
         # the layer at work: its intermediate results, and two float32 residuals
         working = tokens * (item * (6 * D + (3 * heads + 3 * kv + 5 * F) / tensor) + 4 * 2 * D)

@@ -89,7 +89,7 @@ def executed_flops(
     """Return the FLOPs of the matmuls that a training step executes, padding and remat included.
 
     Matmuls of layers run once forward and twice backward (of frozen weights once), and once more
-    forward under `full` rematerialization. Those of the head are never recomputed. Attention
+    forward under `full` and `offload` rematerialization. Those of the head are never recomputed. Attention
     computes the blocks that the causal mask touches: 2 matmuls forward, 2 again under `full`, and
     backward 6 (`xla`), 7 (`splash`) or 5 (`cudnn`). Norms, softmax and the optimizer do not count.
 
@@ -111,7 +111,7 @@ def executed_flops(
         [1638400.0, 2064384.0]
     """
     layers, head = _matmul_weights(config)
-    again = 1 if remat == "full" else 0
+    again = 1 if remat in ("full", "offload") else 0
     low = 0 if adapters is None else _low_rank(config, adapters)
     passes = (3 if adapters is None else 2) + again
     # the gradient of the head is computed with the losses, whether the head is trained or not

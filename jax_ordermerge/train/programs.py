@@ -4,6 +4,7 @@ Nothing here reads or writes a file, and the devices of the mesh need not be pre
 compiles the same step for hardware that is elsewhere.
 """
 
+import functools
 from collections.abc import Callable
 
 from jax.sharding import Mesh
@@ -52,7 +53,8 @@ class Programs:
         # For what is trained: with adapters the base has no moments.
         self.tx = optimizer.make_optimizer(self.spec.training, plan.steps, trained)
         params = convert.abstract_tensors(trained, mesh, members=members)
-        self.state = steps.abstract_state(params, self.tx, mesh)
+        memory = self.spec.training.optimizer_memory
+        self.state = steps.abstract_state(params, self.tx, mesh, optimizer_memory=memory)
         self.frozen = convert.abstract_tensors(frozen, mesh, dtype=self.spec.base_dtype)
         self.batch = batches.abstract_batch(plan, mesh)
         # a second copy of the weights costs memory, so there is one only where it is asked for
@@ -99,7 +101,9 @@ class Programs:
         if elementwise and layers.choose_form(self.mesh) == "by_head":
             shapes = optimizer.distinct_shapes(trained, self.mesh)
         is_fused = self.fused_members > 1
-        build = steps.fused_step if is_fused else steps.train_step
+        memory = self.spec.training.optimizer_memory
+        alone = functools.partial(steps.train_step, optimizer_memory=memory)
+        build = steps.fused_step if is_fused else alone
         step = build(
             self.trainable.objective,
             self.tx,

@@ -6,7 +6,7 @@ Axis letters: `M` member, `A` accumulation step (microbatch), `B` example of a m
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from jax_ordermerge.tree import PyTree, Tree
 
 T = TypeVar("T")
 Batch = dict[str, jax.Array]
+# The name that jax has for memory of the host that a device reads by itself.
+HOST: Final = "pinned_host"
+OptimizerMemory = Literal["device", "host"]
 Step = Callable[["TrainState", Batch, Tree], tuple["TrainState", "Metrics"]]
 
 
@@ -73,7 +76,9 @@ class _Member:
         rate: optax.Schedule,
         specs: Tree | None,
         shapes: DistinctShapes | None,
+        optimizer_memory: OptimizerMemory = "device",
     ) -> None:
+        self.on_host = optimizer_memory == "host"
         self.objective, self.tx, self.rate, self.specs = objective, tx, rate, specs
         self.shapes = shapes or DistinctShapes()
 
@@ -97,12 +102,17 @@ class _Member:
         shapes = self.shapes
         mean = jax.tree.map(lambda g: g / weight, shapes.widen(summed))
         old = shapes.widen(state.params)
-        updates, opt_state = self.tx.update(mean, shapes.widen(state.opt_state), old)
+        opt_state = state.opt_state
+        if self.on_host:
+            opt_state = _move(opt_state, jax.memory.Space.Device)
+        updates, opt_state = self.tx.update(mean, shapes.widen(opt_state), old)
         loss = examples.losses.sum() / weight
         learning_rate = jnp.asarray(self.rate(state.step), jnp.float32)
         norm = optax.tree.norm(mean)
         metrics = Metrics(loss, norm, learning_rate, ids, examples)
         params, opt_state = shapes.narrow((optax.apply_updates(old, updates), opt_state))
+        if self.on_host:
+            opt_state = _move(opt_state, jax.memory.Space.Host)
         return TrainState(params, opt_state, state.step + 1), metrics
 
 
@@ -114,6 +124,7 @@ def train_step(
     lengths: Sequence[int],
     specs: Tree | None = None,
     shapes: DistinctShapes | None = None,
+    optimizer_memory: OptimizerMemory = "device",
 ) -> Step:
     """Return the step of one member.
 
@@ -129,13 +140,14 @@ def train_step(
             them to the compiler.
         shapes: in which parameters are updated, from `optimizer.distinct_shapes`; None is as they
             are.
+        optimizer_memory: where the state of the optimizer is given and returned.
 
     Returns:
         `(state, batch, frozen) -> (state, metrics)`. The batch holds `SEQUENCES` as [A, B, ..., T]
         with T the longest length, `ids`, `bucket` and whatever else the objective reads. `frozen`
         is what the objective reads but does not train, `{}` if nothing.
     """
-    member = _Member(objective, tx, rate, specs, shapes)
+    member = _Member(objective, tx, rate, specs, shapes, optimizer_memory)
     # One program with a branch per padded length, instead of a program per length: members that run
     # at the same time may need different lengths at the same step.
     by_length = [functools.partial(member.gradients, length) for length in lengths]
@@ -199,6 +211,11 @@ def _swap(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 0, 1)
 
 
+def _move(opt_state: PyTree, space: jax.memory.Space) -> PyTree:
+    # as in `abstract_state`, counters stay where they are
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim > 0 else x, opt_state)
+
+
 def shorten(microbatch: Mapping[str, jax.Array], length: int) -> Batch:
     """Cut the positions of a microbatch to a padded length; what is cut off is padding."""
     return {**microbatch, **{name: microbatch[name][..., :length] for name in SEQUENCES}}
@@ -231,7 +248,11 @@ def _accumulate(
 
 
 def abstract_state(
-    params: Tree, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+    params: Tree,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    *,
+    optimizer_memory: OptimizerMemory = "device",
 ) -> TrainState:
     """Return the state of a population as `jax.ShapeDtypeStruct`s.
 
@@ -242,6 +263,7 @@ def abstract_state(
             (`convert.abstract_params(..., members=M)`).
         tx: the optimizer.
         mesh: where counters live.
+        optimizer_memory: where the other arrays of the optimizer's state live.
     """
     # A leaf of the optimizer may have fewer axes than its parameter, such as Adafactor's means over
     # rows and columns. It keeps the sharding of the axes that are left, and JAX itself says which:
@@ -261,7 +283,10 @@ def abstract_state(
     def on_mesh(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # the member axis of a traced leaf carries no sharding of its own
         inner = () if leaf.sharding is None else tuple(leaf.sharding.spec)[1:]
-        sharding = NamedSharding(mesh, P("order", *inner))
+        # counters are read by the device in every step, and take no memory
+        on_host = optimizer_memory == "host" and leaf.ndim > 1
+        kind = HOST if on_host else None
+        sharding = NamedSharding(mesh, P("order", *inner), memory_kind=kind)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     # A counter that is not on the mesh would differ from the one that the step returns, and the

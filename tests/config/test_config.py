@@ -137,6 +137,10 @@ CONFIGS = sorted(
             "population.vary = init: without lora members start from the base",
         ),
         (
+            {"lora": {"fused": True}, "training": {"optimizer_memory": "host"}},
+            "one member after another",
+        ),
+        (
             {"population": {"vary": "all", "level": "same"}, "lora": {}},
             "population.level = same gives all members one order",
         ),

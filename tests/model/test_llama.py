@@ -214,7 +214,7 @@ def test_remat_changes_no_gradient(name):
     config = families.FAMILIES[name]
     params, tokens = families.weights(config), families.tokens(config)
     value, grads = loss_and_grads(config, params, tokens)
-    for remat in ("full", "dots"):
+    for remat in ("full", "dots", "offload"):
         recomputed, recomputed_grads = loss_and_grads(config, params, tokens, remat)
         assert recomputed == pytest.approx(value, abs=1e-6)
         chex.assert_trees_all_close(recomputed_grads, grads, atol=1e-6)

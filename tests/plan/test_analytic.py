@@ -115,6 +115,21 @@ def test_a_wave_holds_its_members_only():
     assert half.seconds == pytest.approx(population.seconds / 2)
 
 
+def test_memory_of_the_host_takes_none_of_the_device():
+    device, host = (
+        estimate(
+            "v5e:1x1",
+            population={"members": 4},
+            model={"remat": remat},
+            training={"optimizer_memory": memory},
+        ).memory
+        for remat, memory in (("full", "device"), ("offload", "host"))
+    )
+    assert host.optimizer == device.optimizer / 4  # that of the member which is updated
+    # the inputs of two layers: 8 rows of 16 tokens, D 8, bfloat16
+    assert device.temporaries - host.temporaries == 2 * 8 * 16 * 8 * 2
+
+
 def count_flops(remat, recomputed):
     """Count multiplications and additions.
 
@@ -127,7 +142,9 @@ def count_flops(remat, recomputed):
     return matmuls + 2 * (8 + 2 * recomputed) * 2 * 8 * pairs
 
 
-@pytest.mark.parametrize(("remat", "recomputed"), [("none", 0), ("dots", 0), ("full", 1)])
+@pytest.mark.parametrize(
+    ("remat", "recomputed"), [("none", 0), ("dots", 0), ("full", 1), ("offload", 1)]
+)
 def test_executed_flops_equal_the_count_by_hand(remat, recomputed):
     expected = count_flops(remat, recomputed)
     assert flops.executed_flops(MODEL, 8, 16, remat=remat) == expected

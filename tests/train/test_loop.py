@@ -200,6 +200,16 @@ def test_checkpoints_by_time(trained, tmp_path, tiny_train, tiny_model, same_bit
     )
 
 
+def test_the_state_of_the_optimizer_may_live_on_the_host(
+    trained, tmp_path, tiny_train, tiny_model, same_bits
+):
+    settings, mesh = {"optimizer_memory": "host"}, make_mesh()
+    with pytest.raises(KeyboardInterrupt):
+        tiny_train(tmp_path, mesh, stop_at=4, training=settings)
+    resumed = tiny_train(tmp_path, mesh, training=settings)
+    assert same_bits(everything(resumed, tiny_model, mesh), everything(trained, tiny_model, mesh))
+
+
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory, tiny_train):
     """Both members with averages of their weights and bfloat16 moments; a checkpoint per step."""
