@@ -45,6 +45,7 @@ LIBRARIES = {
     "math_verify": ("evaluate/symbolic_worker.py",),
     "sympy": ("evaluate/symbolic_worker.py",),
     "gguf": ("checkpoint/gguf_metadata.py",),
+    "qwix": ("model/quantization.py",),
 }
 WITHOUT_JAX = ("errors", "config", "arch", "hardware", "mesh_shape", "report", "launch")
 # A string that spells a path inside a run directory.

@@ -98,23 +98,44 @@ def load_params(
         >>> params["embed"]["weight"].shape == (config.vocab_size, config.hidden_size)
         True
     """
+    config, read = open_tensors(directory, mesh, ignore)
+    # shardings decide which slices each process reads
+    abstract = tree.flatten(abstract_params(config, mesh, members=members, dtype=dtype))
+    flat = {spec.path: read(spec, abstract[spec.path]) for spec in arch.tensor_table(config)}
+    return config, tree.unflatten(flat)
+
+
+def open_tensors(
+    directory: str | Path, mesh: Mesh | None = None, ignore: Iterable[str] = ()
+) -> tuple[ModelConfig, Callable[[TensorSpec, jax.ShapeDtypeStruct], jax.Array]]:
+    """Open a Hugging Face directory.
+
+    Args:
+        directory, mesh, ignore: see `load_params`.
+
+    Returns:
+        The config, and a function that reads an entry of the tensor table (or one layer of it, as
+        an entry of its own) into an array of this dtype and sharding, with or without a leading
+        member axis. All processes call it for the same entries.
+
+    Raises:
+        UserError: see `load_params`.
+    """
     config = load_config(directory, ignore)
     # One process reads what is in front of it and maps the files; of several each reads its rows.
     together = mesh is not None and jax.process_count() > 1
     reader = safetensors.Reader(directory, read_ahead=not together)
     check_tensors(reader, config)
-    target = np.dtype(dtype)
-    # shardings decide which slices each process reads
-    abstract = tree.flatten(abstract_params(config, mesh, members=members, dtype=target))
-    flat = {}
-    for spec in arch.tensor_table(config):
+
+    def read(spec: TensorSpec, abstract: jax.ShapeDtypeStruct) -> jax.Array:
         if together:
-            flat[spec.path] = read_by_rows(reader, spec, abstract[spec.path])
-        else:
-            flat[spec.path] = placement.place(
-                abstract[spec.path], functools.partial(_read_part, reader, spec, target, members)
-            )
-    return config, tree.unflatten(flat)
+            return read_by_rows(reader, spec, abstract)
+        members = abstract.shape[0] if len(abstract.shape) > len(spec.shape) else None
+        dtype = np.dtype(abstract.dtype)
+        read_part = functools.partial(_read_part, reader, spec, dtype, members)
+        return placement.place(abstract, read_part)
+
+    return config, read
 
 
 def read_by_rows(

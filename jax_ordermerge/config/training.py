@@ -349,8 +349,16 @@ class Lora(Section):
         " Face names (q_proj); all-linear is all of them",
     )
     # A frozen base is only read: it needs no float32 masters.
-    base_dtype: Literal["float32", "bfloat16"] | None = Field(
-        None, description="dtype of the frozen base in training; null is model.compute_dtype"
+    base_dtype: Literal["float32", "bfloat16", "int8", "int4", "nf4"] | None = Field(
+        None,
+        description="dtype of the frozen base in training; null is model.compute_dtype. int8, int4"
+        " and nf4 quantize the matrices of the layers (extra: quant); members are merged from the"
+        " base as it was",
+    )
+    base_block: Annotated[int, Field(ge=2, multiple_of=2)] | None = Field(
+        None,
+        description="inputs of a quantized matrix that share a scale (4 bytes); fewer are more"
+        " exact. null is 64",
     )
     fused: bool = Field(
         False,
@@ -363,6 +371,25 @@ class Lora(Section):
     @classmethod
     def _one_name_is_a_list(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+    @pydantic.model_validator(mode="after")
+    def _block_is_of_a_quantized_base(self) -> "Lora":
+        if self.base_block is not None and not self.quantizes:
+            raise ValueError(
+                f"lora.base_block = {self.base_block} is of a quantized base, and lora.base_dtype ="
+                f" {self.base_dtype}: set it to int8, int4 or nf4, or remove lora.base_block"
+            )
+        return self
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the base is quantized."""
+        return self.base_dtype not in (None, "float32", "bfloat16")
+
+    @property
+    def block(self) -> int:
+        """`base_block`, or its default: that of QLoRA."""
+        return self.base_block or 64
 
 
 class Samples(Section):

@@ -191,6 +191,7 @@ def load_context(
     base_dir = convert.resolve(config.model.base)
     model = convert.load_config(base_dir, config.model.ignore_config_keys)
     preflight.check_model(config, base_dir, model)
+    preflight.check_frozen(config, model, mesh)
     config = _choose_export_dtype(config, base_dir, log)
     tokenizer = tokenizers.load_tokenizer(base_dir)
     # before anything is tokenized: the date is part of the tokens

@@ -197,7 +197,7 @@ def train_single(ctx: RunContext) -> Tree:
     ctx = dataclasses.replace(ctx, config=config, on_checkpoint=None, population=0)
     if not ctx.layout.training_state.is_file():
         ctx.log(f"  training of one run of {config.training.epochs} epochs")
-        waves.train(ctx, functools.partial(models.base_params, ctx, config.base_dtype))
+        waves.train(ctx, functools.partial(models.training_base, ctx))
     layout = waves.member_layout(ctx.layout, member)
     return members.restore_member(
         ctx.training, ctx.model, ctx.mesh, layout, member, dtype=ctx.export_dtype

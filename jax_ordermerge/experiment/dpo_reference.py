@@ -33,11 +33,13 @@ def add_reference_logprobs(ctx: RunContext) -> RunContext:
     """
     if ctx.config.objective.kind != "dpo":
         return ctx
-    # in the dtype in which training holds the base, so that the first margins are exactly 0
-    base_dtype = ctx.config.base_dtype
+    # As training has the base, quantized where it is: members start there, so that the first margins
+    # are exactly 0.
     # loaded for the first split that is measured, and not at all where all of them are stored
-    base = functools.cache(lambda: models.base_params(ctx, base_dtype))
-    key = f"{ctx.base_digest} {base_dtype} {ctx.config.model.compute_dtype}"
+    base = functools.cache(lambda: models.training_base(ctx))
+    key = f"{ctx.base_digest} {ctx.config.base_dtype} {ctx.config.model.compute_dtype}"
+    if ctx.config.lora is not None and ctx.config.lora.quantizes:
+        key += f" {ctx.config.lora.block}"
 
     def measure(name: str) -> np.ndarray:
         examples = ctx.splits[name]

@@ -18,7 +18,8 @@ from jax_ordermerge.experiment.context import RunContext
 from jax_ordermerge.layout import member_number
 from jax_ordermerge.model import kernels, llama
 from jax_ordermerge.search.candidates import Population
-from jax_ordermerge.train import members
+from jax_ordermerge.train import frozen, members
+from jax_ordermerge.train.frozen import Storage
 from jax_ordermerge.tree import Tree
 
 
@@ -31,6 +32,15 @@ def base_params(ctx: RunContext, dtype: str) -> Tree:
     # Read anew for each use, and not held: the base is as large as a member, and mostly not needed.
     ignore = ctx.config.model.ignore_config_keys
     return convert.load_params(ctx.base_dir, ctx.mesh, dtype=dtype, ignore=ignore)[1]
+
+
+def training_base(ctx: RunContext) -> Tree:
+    """Return the base as the training has it: what members start from, or their frozen base."""
+    storage = Storage.of(ctx.training)
+    if storage.format is None:
+        return base_params(ctx, storage.dtype)
+    ignore = ctx.config.model.ignore_config_keys
+    return frozen.load(ctx.base_dir, storage, ctx.mesh, ignore)
 
 
 def load_models(ctx: RunContext, names: Iterable[str]) -> Iterator[tuple[str, Tree]]:

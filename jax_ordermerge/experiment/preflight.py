@@ -8,6 +8,9 @@ well, are methods of the section: `Population.check_groups`, `Data.check_length`
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jax.sharding import Mesh
+
+from jax_ordermerge import arch
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import alias, convert
 from jax_ordermerge.checkpoint.safetensors import Reader
@@ -20,11 +23,14 @@ from jax_ordermerge.data.tokenizers import Tokenizer
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.evaluate import harness
 from jax_ordermerge.experiment import sample_generations
+from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.experiment.splits import Overlap, check_splits, refuse_overlaps
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.merge.methods import table
-from jax_ordermerge.model import lora
+from jax_ordermerge.model import lora, quantization
 from jax_ordermerge.search import search
+from jax_ordermerge.train import frozen
+from jax_ordermerge.train.frozen import Storage
 
 
 def check_config(config: Config) -> None:
@@ -97,6 +103,17 @@ def check_model(config: Config, base_dir: Path, model: ModelConfig) -> None:
         # by the headers of the files; the tensors themselves are read when they are needed
         convert.check_tensors(Reader(base_dir), model)
     config.data.check_length(model.context_length, config.model.base)
+
+
+def check_frozen(config: Config, model: ModelConfig, mesh: Mesh) -> None:
+    """Check that a quantized base can be made, and divided over the mesh.
+
+    Raises:
+        UserError: qwix is not installed, or a block would be on two devices.
+    """
+    if config.lora is not None and config.lora.quantizes:
+        quantization.check_installed(f"lora.base_dtype = {config.lora.base_dtype}")
+        frozen.abstract(arch.tensor_table(model), Storage.of(training_spec(config)), mesh)
 
 
 def check_data(

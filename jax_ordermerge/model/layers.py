@@ -5,7 +5,7 @@ Axis letters as in `llama.py`, and `O` output, `I` input of a linear layer, `R` 
 
 import functools
 import math
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jax_ordermerge import mesh as meshes
+from jax_ordermerge.model import quantization
 
 # How a program is written. Both forms compute the same, and differ in the order of sums.
 #
@@ -143,12 +144,75 @@ def _project_embed_backward(
 _project_embed.defvjp(_project_embed_forward, _project_embed_backward)
 
 
+class _Frozen(NamedTuple):
+    """What is static in a product with a quantized weight.
+
+    Attributes:
+        name: format of the weight, see `quantization`.
+        axes: logical axes of the weight.
+        inputs, outputs: axes behind `B` and `T` of x and of the product.
+        dtype, form: as in `Linear`.
+    """
+
+    name: str
+    axes: tuple[str, str]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dtype: DTypeLike
+    form: Form
+
+
+# A weight that is only read has no gradient, but the backward pass multiplies by it. Where jax
+# differentiates, the dense weight of each layer would be saved for that: all of the dense base.
+# Here codes and scales are, which the scan over layers has anyway.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _project_frozen(x: jax.Array, codes: jax.Array, scale: jax.Array, how: _Frozen) -> jax.Array:
+    """Return the product of x [B, T, *inputs] with a quantized weight, [B, T, *outputs]."""
+    weight_OI = _dequantize(codes, scale, how)
+    if how.form == "flat":
+        return project(x, weight_OI, how.dtype)
+    return _project_by_head(x, weight_OI, how.dtype, how.outputs)
+
+
+def _project_frozen_forward(
+    x: jax.Array, codes: jax.Array, scale: jax.Array, how: _Frozen
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _project_frozen(x, codes, scale, how), (codes, scale)
+
+
+def _project_frozen_backward(
+    how: _Frozen, saved: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, None, None]:
+    weight_OI = _dequantize(*saved, how)
+    if how.form == "flat":
+        grad_RO = grad.reshape(-1, weight_OI.shape[0])
+        grad_x = jnp.einsum("RO,OI->RI", grad_RO, weight_OI, preferred_element_type=how.dtype)
+        return grad_x.reshape(*grad.shape[:2], *how.inputs), None, None
+    weight = weight_OI.reshape(*how.outputs, *how.inputs)
+    outputs = tuple(range(2, grad.ndim)), tuple(range(len(how.outputs)))
+    grad_x = jax.lax.dot_general(
+        grad, weight, (outputs, ((), ())), preferred_element_type=how.dtype
+    )
+    return grad_x, None, None
+
+
+_project_frozen.defvjp(_project_frozen_forward, _project_frozen_backward)
+
+
+def _dequantize(codes: jax.Array, scale: jax.Array, how: _Frozen) -> jax.Array:
+    # Codes are gathered over `fsdp`, and not the dense weight, which is two to four times as large.
+    gathered = [None if axis == "embed" else axis for axis in how.axes]
+    codes, scale = (meshes.constrain(array, *gathered) for array in (codes, scale))
+    return quantization.dequantize(codes, scale, how.name, how.dtype)
+
+
 class Linear(nn.Module):
     """x weight^T (+ bias) with weight `[out, in]`, and + (x lora_a^T) lora_b^T with an adapter.
 
     x is [B, T, ...] and the result [B, T, *outputs]: the axes behind `T` are the factors of `in`
     and `out`, such as heads and head dim. An adapter is two more entries of the parameter dict,
-    `lora_a` and `lora_b`, beside the weight.
+    `lora_a` and `lora_b`, beside the weight. A quantized weight is two entries in its place, see
+    `quantization`; it is dense only here, and has no gradient.
 
     `axes` are the logical axes of the weight in the tensor table.
     """
@@ -166,9 +230,15 @@ class Linear(nn.Module):
         outputs = self.outputs
         if self.form == "flat":
             x, outputs = x.reshape(B, T, -1), (features,)
-        shape = features, math.prod(x.shape[2:])
-        weight = self.param("weight", nn.initializers.zeros, shape)
-        y = self._product(x, weight.astype(self.dtype), outputs, self.axes)
+        name = quantization.stored_format(self.variables.get("params", ()))
+        if name is None:
+            shape = features, math.prod(x.shape[2:])
+            weight = self.param("weight", nn.initializers.zeros, shape)
+            y = self._product(x, weight.astype(self.dtype), outputs, self.axes)
+        else:
+            stored = (self.get_variable("params", key) for key in (name, quantization.SCALE))
+            how = _Frozen(name, self.axes, x.shape[2:], outputs, self.dtype, self.form)
+            y = _project_frozen(x, *stored, how)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (features,))
             y = y + bias.astype(self.dtype).reshape(outputs)[None, None]

@@ -20,7 +20,7 @@ from jax_ordermerge import rng, tree
 from jax_ordermerge.arch import ModelConfig, TensorSpec, tensor_table
 from jax_ordermerge.config import Lora
 from jax_ordermerge.errors import UserError, did_you_mean
-from jax_ordermerge.model import initial
+from jax_ordermerge.model import initial, quantization
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 ALL = "all-linear"
@@ -169,11 +169,13 @@ def join(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
 def dense(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
     """Return the base with s B A added to the adapted matrices, in float32.
 
+    A quantized base is dense in the result: a member is what it is in training.
+
     For generation while training. Exports go through `merge/sources/lora.py`, which adds on the
     host in an order that it documents, so that files and memory give the same bits.
 
     Args:
-        base: the dict of `tensor_table`, any dtype.
+        base: the dict of `tensor_table`, any dtype, or quantized.
         adapter: the dict of `table`.
         scale: s.
 
@@ -184,7 +186,7 @@ def dense(base: tree.Tree, adapter: tree.Tree, scale: float) -> tree.Tree:
         >>> params["layers"]["mlp"]["up"]["weight"].tolist()
         [[[3.0, 3.0], [3.0, 3.0]]]
     """
-    params, factors = tree.flatten(base), tree.flatten(adapter)
+    params, factors = tree.flatten(quantization.dense(base)), tree.flatten(adapter)
     for path in [path for path in factors if path.endswith("lora_a")]:
         target = path.removesuffix("lora_a") + "weight"
         # [L, out, rank] @ [L, rank, in]: all layers at once

@@ -22,7 +22,9 @@ from jax_ordermerge.model import lora
 from jax_ordermerge.plan import calibration
 from jax_ordermerge.plan.spec import PlanSpec
 from jax_ordermerge.train import flops
+from jax_ordermerge.train import frozen as frozen_base
 from jax_ordermerge.train import step as steps
+from jax_ordermerge.train.frozen import Storage
 from jax_ordermerge.train.optimizer import make_optimizer
 from jax_ordermerge.tree import PyTree
 
@@ -242,7 +244,8 @@ def state_bytes(spec: PlanSpec, model: ModelConfig, mesh: AbstractMesh) -> dict[
     """
     trained, frozen = _tables(spec, model)
     members = len(spec.first_wave)
-    return dict(_state_bytes(spec.training, trained, frozen, spec.base_dtype, members, mesh))
+    storage = Storage.of(spec)
+    return dict(_state_bytes(spec.training, trained, frozen, storage, members, mesh))
 
 
 # The search asks for the same states again and again: microbatch and rematerialization do not
@@ -252,7 +255,7 @@ def _state_bytes(
     training: Training,
     trained: tuple[TensorSpec, ...],
     frozen: tuple[TensorSpec, ...],
-    base_dtype: str,
+    storage: Storage,
     members: int,
     mesh: AbstractMesh,
 ) -> dict[str, int]:
@@ -268,7 +271,7 @@ def _state_bytes(
         "parameters": bytes_per_device(state.params) * copies,
         # on the host, but for that of the member that is updated
         "optimizer": round(bytes_per_device((state.opt_state, state.step)) * on_device),
-        "base": bytes_per_device(convert.abstract_tensors(frozen, mesh, dtype=base_dtype)),
+        "base": bytes_per_device(frozen_base.abstract(frozen, storage, mesh)),
     }
 
 
@@ -319,6 +322,15 @@ class _StepCosts:
         self.trained, self.frozen = _size(trained), _size(frozen)
         # all of them, trained or not: the forward pass reads every weight
         self.parameters = parameter_count(model)
+        # Bytes of the weights as devices gather and read them: in the compute dtype, or quantized.
+        storage = Storage.of(spec)
+        self.quantized = storage.format is not None
+        self.weights = self.item * self.parameters
+        layer = [entry for entry in tensor_table(model) if entry.stacked]
+        self.layer = self.item * sum(math.prod(entry.hf_shape) for entry in layer)
+        if self.quantized:
+            self.weights = frozen_base.stored_bytes(frozen, storage)
+            self.layer = frozen_base.stored_bytes(layer, storage) / model.num_layers
         self.heads = model.num_heads * model.head_dim
         self.kv = model.num_kv_heads * model.head_dim
         # `dots` repeats elementwise work only, which no count of matmuls sees
@@ -351,10 +363,9 @@ class _StepCosts:
         # FSDP gathers the whole vocabulary, for the lookup and for the head, not at the same time
         embedding = item * V * D / tensor * (1 if adapters else 2) if fsdp > 1 else 0
         # the gathered weights of the current layer, those of the next one, the layer's gradients
-        layer = sum(
-            math.prod(entry.hf_shape) for entry in tensor_table(self.model) if entry.stacked
-        )
-        gathered = item * layer / tensor * (2 if adapters else 3) if fsdp > 1 else 0
+        gathered = self.layer / tensor * (2 if adapters else 3) if fsdp > 1 else 0
+        # of a quantized layer one matrix at a time is dense
+        dense = item * D * F / tensor if self.quantized else 0
         # kept for the backward pass per token and layer: its input, and results not recomputed
         results = {
             "full": 0,
@@ -392,7 +403,7 @@ class _StepCosts:
         # The layer at work, the head and the lookup are never in memory together, so the largest
         # of them counts.
         largest = max(working + scores, logits, lookup)
-        return gradients + cast + embedding + gathered + activations + largest
+        return gradients + cast + embedding + gathered + dense + activations + largest
 
     def flops(self) -> float:
         """Return the FLOPs that are executed."""
@@ -413,7 +424,11 @@ class _StepCosts:
         # forward, backward with respect to inputs and to weights, and recomputed
         passes = 3 + self.recomputes
         # gathered weights are written before they are read
-        weights = item * self.parameters / tensor * passes * (2 if fsdp > 1 else 1)
+        weights = self.weights / tensor * passes * (2 if fsdp > 1 else 1)
+        # Dequantized weights are written and read in each pass but that for their gradients, which
+        # a frozen base has not.
+        if self.quantized:
+            weights += 2 * item * self.parameters / tensor * (passes - 1)
         # float32 weights, gradients and two moments, read and written, and the cast copy
         update = (32 + 4 + item) * self.trained / fsdp / tensor
         # operands and results of the matmuls, and the elementwise results between them
@@ -432,7 +447,7 @@ class _StepCosts:
     def traffic(self) -> dict[str, float]:
         """Return the bytes received, by mesh axis. Nothing crosses `order`."""
         times, layers = self.microbatches, self.model.num_layers
-        weights = self.item * self.parameters / self.tensor
+        weights = self.weights / self.tensor
         trained = self.trained / self.tensor
         # weights are gathered forward, backward and recomputed; gradients are reduced to shards
         gathers = 3 if self.recomputes else 2

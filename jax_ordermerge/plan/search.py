@@ -43,7 +43,9 @@ def search(
         changed = spec.change(**sections)
         try:
             step = analytic.estimate_step(changed, model, topology, work)
-        except UserError:  # the sizes of the mesh do not fit the devices or the slices
+        # The sizes of the mesh do not fit the devices or the slices, or divide the blocks of a
+        # quantized base.
+        except UserError:
             continue
         changes = list_changes(spec, changed, topology)
         option = OptionPlan(changed, changes, topology, work, step)

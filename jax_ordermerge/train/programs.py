@@ -17,8 +17,10 @@ from jax_ordermerge.data import pack
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.model import layers
 from jax_ordermerge.train import batches, compiler_options, mixing, optimizer, validation
+from jax_ordermerge.train import frozen as frozen_base
 from jax_ordermerge.train import step as steps
 from jax_ordermerge.train.batches import Plan
+from jax_ordermerge.train.frozen import Storage
 from jax_ordermerge.train.step import TrainState
 from jax_ordermerge.train.trainable import make_trainable
 from jax_ordermerge.tree import Tree, unflatten
@@ -36,6 +38,7 @@ class Programs:
         mesh: the mesh.
         held_out: validation examples; None where no validation losses are measured.
         trainable: which tensors are trained, and the objective.
+        storage: how the frozen base is stored.
         tx: the optimizer.
         state, frozen, batch, best: shapes, dtypes and shardings of the training state, of the
             frozen base, of a batch, and of the best weights.
@@ -55,7 +58,8 @@ class Programs:
         params = convert.abstract_tensors(trained, mesh, members=members)
         memory = self.spec.training.optimizer_memory
         self.state = steps.abstract_state(params, self.tx, mesh, optimizer_memory=memory)
-        self.frozen = convert.abstract_tensors(frozen, mesh, dtype=self.spec.base_dtype)
+        self.storage = Storage.of(self.spec)
+        self.frozen = frozen_base.abstract(frozen, self.storage, mesh)
         self.batch = batches.abstract_batch(plan, mesh)
         # a second copy of the weights costs memory, so there is one only where it is asked for
         stored = self.weights(self.state) if self.spec.training.checkpoint == "best" else {}
@@ -87,7 +91,9 @@ class Programs:
 
     def load_frozen(self, load_base: LoadBase) -> Tree:
         """Return what all members share unchanged; `{}` if nothing."""
-        return steps.place(load_base(), self.frozen) if self.frozen else {}
+        if not self.frozen:
+            return {}
+        return frozen_base.place(load_base(), self.trainable.frozen, self.storage, self.mesh)
 
     # ------------------------------------------------------------------------------ programs
 

@@ -43,11 +43,13 @@ def identity(programs: Programs) -> Json:
     }
     lora = None
     if spec.lora is not None:
-        settings = spec.lora.model_dump(mode="json")
         # only where it differs from before, so that a training that was begun before can continue
+        settings = spec.lora.model_dump(mode="json", exclude={"base_block"})
         if not settings["fused"]:
             del settings["fused"]
         deciding |= {"lora": settings, "base_dtype": spec.base_dtype}
+        if spec.lora.quantizes:
+            deciding["base_block"] = spec.lora.block
         lora = spec.lora.model_dump(mode="json", include=_LORA_SHAPE)
     # as above
     if spec.population.vary != "order":

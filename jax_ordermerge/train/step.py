@@ -361,16 +361,6 @@ def compile_step(
     return population.lower(state, batch, frozen).compile(options)
 
 
-def place(arrays: Tree, abstract: Tree) -> Tree:
-    """Return arrays in the dtypes and shardings of an abstract tree, as a frozen base is stored."""
-    # one copy for all members: the base of adapters is read and never updated
-    cast = jax.jit(
-        lambda x: jax.tree.map(lambda a, like: a.astype(like.dtype), x, abstract),
-        out_shardings=shardings(abstract),
-    )
-    return cast(arrays)
-
-
 def shardings(abstract: PyTree) -> PyTree:
     """Return the sharding of every leaf."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)

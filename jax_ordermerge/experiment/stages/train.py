@@ -56,9 +56,10 @@ def run(ctx: RunContext) -> None:
             sum(math.prod(spec.shape) for spec in table)
             for table in (lora.table(ctx.model, config.lora), tensor_table(ctx.model))
         )
+        blocks = f", blocks of {config.lora.block}" if config.lora.quantizes else ""
         ctx.log(
             f"  lora: {adapter:,} parameters per member are trained, {dense:,} of the base are"
-            f" shared in {config.base_dtype}"
+            f" shared in {config.base_dtype}{blocks}"
         )
     sample = sample_generations.sampler(config, ctx.model, ctx.tokenizer, ctx.mesh, ctx.splits)
     waves.train(ctx, _base_loader(ctx), sample)
@@ -81,7 +82,7 @@ def benchmark(ctx: RunContext, steps: int, profile: Path | None) -> None:
 
 def _base_loader(ctx: RunContext) -> Callable[[], Tree]:
     # a function: full fine-tuning that resumes reads its checkpoint and does not load the base
-    return functools.partial(models.base_params, ctx, ctx.config.base_dtype)
+    return functools.partial(models.training_base, ctx)
 
 
 STAGE = Stage("train", run, is_complete)
