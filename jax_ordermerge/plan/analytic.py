@@ -325,9 +325,9 @@ class _StepCosts:
         # Bytes of the weights as devices gather and read them: in the compute dtype, or quantized.
         storage = Storage.of(spec)
         self.quantized = storage.format is not None
-        self.weights = self.item * self.parameters
+        self.weights: float = self.item * self.parameters
         layer = [entry for entry in tensor_table(model) if entry.stacked]
-        self.layer = self.item * sum(math.prod(entry.hf_shape) for entry in layer)
+        self.layer: float = self.item * sum(math.prod(entry.hf_shape) for entry in layer)
         if self.quantized:
             self.weights = frozen_base.stored_bytes(frozen, storage)
             self.layer = frozen_base.stored_bytes(layer, storage) / model.num_layers

@@ -7,6 +7,7 @@ import pytest
 
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config import make_config
+from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.specs import plan_spec
 from jax_ordermerge.hardware import parse
 from jax_ordermerge.plan import analytic
@@ -71,6 +72,21 @@ def test_fused_members_gather_the_base_once_and_hold_all_activations():
     assert fused.memory.base == exact.memory.base
     assert fused.flops == exact.flops
     assert fused.moved < exact.moved
+def test_a_quantized_base_has_codes_and_scales():
+    lora = {"rank": 2, "targets": ["q"], "base_dtype": "nf4", "base_block": 2}
+    sections = {"mesh": {"order": 2, "fsdp": 4}}
+    step = estimate("v5e:2x4", lora=lora, **sections)
+    layers = 2 * (4 * 64 + 3 * 128)
+    # half a byte per weight and four per two of them; embedding and head in bfloat16
+    stored = layers * (1 / 2 + 4 / 2) / 4 + 2 * (2 * 32 * 8 / 4 + NORMS)
+    assert step.memory.base == stored
+    # gathered twice and once more for `full`, as stored
+    trained = 2 * (2 * (2 * 8 + 8 * 2))  # A and B of q in two layers, bfloat16
+    fraction, passes, members = 3 / 4, 3, 2
+    weights = layers * (1 / 2 + 4 / 2) + 2 * (2 * 32 * 8 + NORMS)
+    assert step.traffic["fsdp"] == members * fraction * (passes * weights + trained)
+    with pytest.raises(UserError, match=r"lora.base_block = 64 does not divide the 2 inputs of"):
+        estimate("v5e:2x4", lora={"base_dtype": "nf4"}, **sections)
 
 
 @pytest.mark.parametrize(
