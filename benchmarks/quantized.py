@@ -211,6 +211,9 @@ def plan_lines(analytic: bool) -> Iterator[str]:
                 continue
             memory, seconds = option.step.memory, option.population_step_seconds
             assert seconds is not None
+            # of all members, which several waves may train
+            waves = option.spec.population.total / option.members
+            received = waves * math.fsum(option.step.traffic.values())
             settings = {
                 name.split(".")[1]: value
                 for name, value in option.settings.items()
@@ -219,7 +222,7 @@ def plan_lines(analytic: bool) -> Iterator[str]:
             shown = ", ".join(f"{name} {value}" for name, value in settings.items())
             yield (
                 f"| {topology} | {base.name} | {shown} | {memory.base / GIB:.1f} |"
-                f" {memory.total / GIB:.1f} | {math.fsum(option.step.traffic.values()) / GIB:.0f} |"
+                f" {memory.total / GIB:.1f} | {received / GIB:.0f} |"
                 f" {seconds:.0f} | {option.source} |"
             )
 
