@@ -114,9 +114,9 @@ def quantize(weight: jax.Array, name: str, block: int) -> tuple[jax.Array, jax.A
         UserError: see `check_installed`.
 
     Example:
-        >>> codes, scale = quantize(jnp.array([[1.0, -2.0, 0.5, 0.1]]), "int8", 2)
-        >>> codes.tolist(), (127 * scale).tolist()
-        ([[64, -127, 127, 25]], [[2.0, 0.5]])
+        >>> codes, scale = quantize(jnp.array([[0.9, -2.0, 0.5, 0.1]]), "int8", 2)
+        >>> codes.tolist(), [round(127 * x, 3) for x in scale[0].tolist()]
+        ([[57, -127, 127, 25]], [2.0, 0.5])
     """
     check_installed(name)
     import qwix  # an extra, and only training with a quantized base needs it
