@@ -352,13 +352,16 @@ class Lora(Section):
     base_dtype: Literal["float32", "bfloat16", "int8", "int4", "nf4"] | None = Field(
         None,
         description="dtype of the frozen base in training; null is model.compute_dtype. int8, int4"
-        " and nf4 quantize the matrices of the layers (extra: quant); members are merged from the"
-        " base as it was",
+        " and nf4 quantize the matrices of the layers; members are merged from the base as it was",
+        examples=["int8"],
+        json_schema_extra={"with": "int8, int4 and nf4: extra quant"},
     )
     base_block: Annotated[int, Field(ge=2, multiple_of=2)] | None = Field(
         None,
-        description="inputs of a quantized matrix that share a scale (4 bytes); fewer are more"
+        description="inputs of a quantized matrix that share a scale of 4 bytes; fewer are more"
         " exact. null is 64",
+        examples=[32],
+        json_schema_extra={"unit": "inputs", "with": "lora.base_dtype: int8, int4 or nf4"},
     )
     fused: bool = Field(
         False,

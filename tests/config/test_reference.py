@@ -39,6 +39,7 @@ TOGETHER = {
     "response": {"prompt": "{{question}}"},
     "reference": {"prompt": "{{question}}", "response": "{{answer}}"},
     "shots_from": {"shots": 2},
+    "base_block": {"base_dtype": "nf4"},
 }
 
 
@@ -55,7 +56,7 @@ def test_a_key_of_which_the_default_shows_nothing_has_an_example():
     empty = ("null", "[]", "{}", "required", "''")
     without = [key.path for key in KEYS if key.example in empty]
     # what a null means there is all that can be said
-    assert set(without) <= {"lora.base_dtype", "merge.methods[].checkpoints.weights"}
+    assert set(without) <= {"merge.methods[].checkpoints.weights"}
 
 
 def nested(key: reference.Key) -> dict:
