@@ -241,6 +241,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="directory of the trainings")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--fsdp", type=int, default=1, help="devices that divide the base")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["int8", "int4", "nf4"], help="beside bfloat16"
+    )
     parser.add_argument("--plan", action="store_true", help="print the table of plans instead")
     parser.add_argument("--analytic", action="store_true", help="plan without a compiler")
     options = parser.parse_args()
@@ -249,7 +252,8 @@ def main() -> None:
         return
     if None in (options.train, options.test, options.out):
         parser.error("give --train, --test and --out, or --plan")
-    results = {base: measure(base, options) for base in BASES}
+    chosen = [base for base in BASES if base.dtype in ("bfloat16", *options.dtypes)]
+    results = {base: measure(base, options) for base in chosen}
     machine = f"{os.cpu_count()} x {platform.machine()} {jax.devices()[0].device_kind}"
     lines = [
         f"\n## Quantized bases, {dt.date.today()}, {machine}, jax {jax.__version__}",

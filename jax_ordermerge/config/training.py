@@ -353,7 +353,7 @@ class Lora(Section):
         None,
         description="dtype of the frozen base in training; null is model.compute_dtype. int8, int4"
         " and nf4 quantize the matrices of the layers; members are merged from the base as it was."
-        " 4 bits cost a small model some tenths of a nat per token",
+        " 4 bits cost SmolLM2-135M 0.25 nats per token and more",
         examples=["int8"],
         json_schema_extra={"with": "int8, int4 and nf4: extra quant"},
     )
