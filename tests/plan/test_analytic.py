@@ -72,6 +72,8 @@ def test_fused_members_gather_the_base_once_and_hold_all_activations():
     assert fused.memory.base == exact.memory.base
     assert fused.flops == exact.flops
     assert fused.moved < exact.moved
+
+
 def test_a_quantized_base_has_codes_and_scales():
     lora = {"rank": 2, "targets": ["q"], "base_dtype": "nf4", "base_block": 2}
     sections = {"mesh": {"order": 2, "fsdp": 4}}
