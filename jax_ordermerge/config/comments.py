@@ -30,12 +30,10 @@ def annotate(text: str) -> str:
         text: the config. Its own comments stay.
 
     Example:
-        >>> print(annotate("training:\\n  epochs: 3\\n  warmup: 0.03\\n"), end="")
-        training:
-          # how often each member sees every training example
-          epochs: 3
-          # ...
-          warmup: 0.03
+        >>> print(annotate("data:\\n  max_length: 64\\n"), end="")
+        data:
+          # tokens per example
+          max_length: 64
     """
     root = yaml.compose(text, yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode):

@@ -42,6 +42,7 @@ class Display:
     """Shows the metrics of a training. Use it as a context manager.
 
     Example:
+        >>> import sys
         >>> clock = iter([0.0, 1.0, 60.0]).__next__
         >>> row = {"loss": [2.0, 2.5], "tokens_per_second": 1234.0, "mfu": 0.41}
         >>> with Display(100, members=2, file=sys.stdout, clock=clock) as display:
