@@ -11,7 +11,6 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from jax.memory import Space
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -105,7 +104,7 @@ class _Member:
         old = shapes.widen(state.params)
         opt_state = state.opt_state
         if self.on_host:
-            opt_state = _move(opt_state, Space.Device)
+            opt_state = _move(opt_state, to_host=False)
         updates, opt_state = self.tx.update(mean, shapes.widen(opt_state), old)
         loss = examples.losses.sum() / weight
         learning_rate = jnp.asarray(self.rate(state.step), jnp.float32)
@@ -113,7 +112,7 @@ class _Member:
         metrics = Metrics(loss, norm, learning_rate, ids, examples)
         params, opt_state = shapes.narrow((optax.apply_updates(old, updates), opt_state))
         if self.on_host:
-            opt_state = _move(opt_state, Space.Host)
+            opt_state = _move(opt_state, to_host=True)
         return TrainState(params, opt_state, state.step + 1), metrics
 
 
@@ -212,7 +211,8 @@ def _swap(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 0, 1)
 
 
-def _move(opt_state: PyTree, space: Space) -> PyTree:
+def _move(opt_state: PyTree, *, to_host: bool) -> PyTree:
+    space = jax.memory.Space.Host if to_host else jax.memory.Space.Device
     # as in `abstract_state`, counters stay where they are
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim > 0 else x, opt_state)
 
