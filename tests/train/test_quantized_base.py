@@ -9,13 +9,13 @@ import pytest
 from jax_ordermerge import tree
 from jax_ordermerge.arch import tensor_table
 from jax_ordermerge.checkpoint import convert
-from jax_ordermerge.config import Lora, make_config
+from jax_ordermerge.config import Dpo, Lora, make_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.specs import training_spec
 from jax_ordermerge.layout import RunLayout
 from jax_ordermerge.mesh import make_mesh
 from jax_ordermerge.model import lora, quantization
-from jax_ordermerge.train import frozen, loop, members
+from jax_ordermerge.train import frozen, loop, members, objective
 from jax_ordermerge.train.frozen import Storage
 
 FORMATS = tuple(quantization.FORMATS)
@@ -116,6 +116,34 @@ def test_a_training_is_that_on_the_dequantized_base(
     np.testing.assert_allclose(trained.losses(), losses(quantization.dense(stored), "a"), rtol=1e-5)
     # and not that on the base as it was
     assert np.abs(trained.losses() - losses(tiny_base, "b")).max() > 1e-3
+
+
+def test_the_first_margins_of_dpo_are_zero(tiny_base, tiny_model):
+    """Where the reference is the base that members start from, and not where it is the original."""
+    random = np.random.default_rng(0)
+    rows = random.integers(1, tiny_model.vocab_size, (6, 2, 12)).astype(np.int32)
+    batch = {
+        "tokens": rows,
+        "targets": np.roll(rows, -1, -1),
+        "positions": np.broadcast_to(np.arange(12, dtype=np.int32), rows.shape),
+        "segments": np.ones_like(rows),
+        "weights": np.ones(rows.shape, np.float32),
+    }
+    table, settings = tensor_table(tiny_model), Lora(rank=2, targets=("q",))
+    stored = frozen.place(tiny_base, table, Storage("float32", "int4", 4), make_mesh())
+    adapter = lora.init_params(tiny_model, settings, 0)
+    dpo = objective.adapted(objective.dpo(tiny_model, Dpo(), dtype="float32"), lora.scale(settings))
+    scores = jax.jit(
+        lambda reference, base: dpo(adapter, batch | {"reference": reference}, base)[1]
+    )
+    zeros = np.zeros((6, 2), np.float32)
+
+    def logps(base):
+        sums = scores(zeros, base).scores
+        return np.stack([sums["logps/chosen"], sums["logps/rejected"]], -1)
+
+    assert not np.any(scores(logps(stored), stored).scores["rewards/margins"])
+    assert np.abs(scores(logps(tiny_base), stored).scores["rewards/margins"]).max() > 1e-4
 
 
 @pytest.mark.slow
