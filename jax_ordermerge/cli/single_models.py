@@ -60,7 +60,7 @@ def merge(
     allow_bin: AllowBin = False,
     overrides: Overrides = None,
 ) -> None:
-    """Merge the members of a run as its config says, or checkpoints of one architecture.
+    """Merge the members of a run, or checkpoints of one architecture.
 
     ordermerge merge runs/quickstart
 

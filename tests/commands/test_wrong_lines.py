@@ -77,7 +77,7 @@ WRONG = {
     "run empty": "empty is not a run directory (it has no config.yaml)",
     "run recipe.yml": "recipe.yml is the recipe of a merge, and no config of an experiment",
     "report recipe.yml": "give it to ordermerge merge recipe.yml MERGED",
-    "analyze nowhere": "nowhere not found; give a config file or a run directory",
+    "analyze nowhere": "nowhere not found; give a config file, a run directory, or a name",
     "run tiny.yaml --set training.lr=1": "unknown key training.lr (did you mean 'learning_rate'?)",
     "run tiny.yaml --set lr=1": "unknown key lr (did you mean 'training.learning_rate'?)",
     "run tiny.yaml --set max_length=9": "(did you mean 'data.max_length'?)",
