@@ -133,6 +133,7 @@ def test_estimates_on_pages_are_those_of_the_runs(page, count):
         ("small.yaml", "results.md"),
         ("preferences.yaml", "results_preferences.md"),
         ("smollm2.yaml", "results_smollm2.md"),
+        ("gsm8k.yaml", "results_gsm8k.md"),
     ],
 )
 def test_the_results_are_of_the_plan_that_is_committed(plan, page):
