@@ -60,18 +60,20 @@ def init(
 
     Comments say what each key means, or why its value was chosen.
     """
-    given = names or []
+    arguments = names or []
     if model is None or data is None:
         mode = "it goes with --model and --data"
         refuse_options(context, mode, ignored=["model", "data", "test", "hardware", "members"])
-        path = _write_shipped(given)
+        path = _write_shipped(arguments)
         summary = ""
     else:
         from jax_ordermerge.commands import init as command
 
-        if len(given) > 1:
-            raise UserError(f"{given[0]} would be ignored: with --model give one file, OUT.yaml")
-        path = Path(given[0] if given else "experiment.yaml")
+        if len(arguments) > 1:
+            raise UserError(
+                f"{arguments[0]} would be ignored: with --model give one file, OUT.yaml"
+            )
+        path = Path(arguments[0] if arguments else "experiment.yaml")
         if path.suffix not in (".yaml", ".yml"):
             raise UserError(f"{path}: expected a file to write that ends in .yaml")
         request = command.Request(model, data, test, hardware, members)

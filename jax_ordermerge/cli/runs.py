@@ -61,7 +61,8 @@ def data(
 ) -> None:
     """Show what would be trained on, with what is learned marked.
 
-    Counts, lengths, what is dropped and why, and examples. No device is used. What is learned is in colour on a terminal, else in [[brackets]].
+    Counts, lengths, what is dropped and why, and examples. No device is used. What is learned is
+    in colour on a terminal, else in [[brackets]].
 
     ordermerge data configs/quickstart.yaml --rows 5
     """
@@ -258,7 +259,8 @@ def results(
 ) -> None:
     """Write one page about several runs, and test hypotheses.
 
-    Their tables, and what they show and do not show. With --hypotheses it begins with what became of them; their estimates are in a CSV beside it.
+    Their tables, and what they show and do not show. With --hypotheses it begins with what became
+    of them; their estimates are in a CSV beside it.
 
     ordermerge results runs/alpaca runs/dolly --hypotheses hypotheses.yaml --out results.md
     """

@@ -24,14 +24,14 @@ def list_configs(*, as_json: bool, width: int | None = None) -> str:
         rows = [config._asdict() | {"path": str(config.path)} for config in configs]
         return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
     runs = [config for config in configs if config.hardware]
-    others = [config for config in configs if not config.hardware]
+    tasks = [config for config in configs if not config.hardware]
     experiments = tables.text_table(
         ["ordermerge run ...", "what", "hardware", "time", "expect"],
         [[x.name, _sentence(x.summary), x.hardware, x.time, x.expect] for x in runs],
     )
     benchmarks = tables.text_table(
         ["ordermerge evaluate MODEL --config ...", "what"],
-        [[x.name, _sentence(x.summary)] for x in others],
+        [[x.name, _sentence(x.summary)] for x in tasks],
     )
     return f"{tables.to_text(experiments, width)}\n{tables.to_text(benchmarks, width)}"
 

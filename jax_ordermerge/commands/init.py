@@ -163,8 +163,8 @@ def _choose_data(train: Examples, request: Request, cap: int) -> list[Choice]:
         chosen = longest if longest <= 1.25 * most else most
         length = min(_round_up(chosen), cap)
         reason = (
-            f"tokens: half of the {count:,} examples have at most {middle}, 99 % at most {most}, the"
-            f" longest {longest}"
+            f"tokens: half of the {count:,} examples have at most {middle}, 99 % at most {most},"
+            f" the longest {longest}"
         )
         if longest > length:
             reason += f"; {int((lengths > length).sum()):,} longer ones are dropped"
@@ -222,7 +222,7 @@ def _choose_training(count: float, model: ModelConfig) -> list[Choice]:
     rate = 2e-5 if size >= _SMALL else 1e-4
     return [
         Choice("training.epochs", 3, "as in the recipe of Alpaca"),
-        Choice("training.batch", batch, f"rows per step: {used / batch:.0f} steps an epoch"),
+        Choice("training.batch", batch, f"rows per step: {used / batch:.0f} steps per epoch"),
         Choice(
             "training.learning_rate",
             rate,
@@ -284,14 +284,14 @@ def _round_up(length: int) -> int:
 
 def _as_yaml(choices: list[Choice], request: Request, out: Path) -> str:
     """Return the choices as YAML, each with its reason above it."""
-    given = " ".join(
+    options = " ".join(
         f"--{name} {value}"
         for name, value in dataclasses.asdict(request).items()
         if value is not None and (name, value) != ("members", 4)
     )
     reasons = {choice.key: choice.reason for choice in choices if choice.reason}
     lines = [
-        f"# Written by: ordermerge init {given} {out}",
+        f"# Written by: ordermerge init {options} {out}",
         "#",
         f"#   ordermerge data {out}    # what would be trained on",
         f"#   ordermerge plan {out}    # memory and time",

@@ -50,9 +50,9 @@ def annotate(text: str) -> str:
                 continue
             seen.add(key.meaning)
             # of `{a: 1, b: 2}` on one line each comment says which key it is of
-            alone = len(by_line[number]) == 1
+            is_only = len(by_line[number]) == 1
             indent = " " * min(by_line[number][0].column, len(line) - len(line.lstrip()))
-            meaning = key.meaning if alone else f"{key.name}: {key.meaning}"
+            meaning = key.meaning if is_only else f"{key.name}: {key.meaning}"
             lines += textwrap.wrap(
                 meaning,
                 _WIDTH,

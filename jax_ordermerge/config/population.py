@@ -42,7 +42,8 @@ class Population(Section):
     )
     reshuffle: Literal["each_epoch", "never"] = Field(
         "each_epoch",
-        description="each_epoch: every epoch has an order of its own; never: all have that of the first",
+        description="each_epoch: every epoch has an order of its own; never: all have that of the"
+        " first",
     )
     # Without dropout, because there is none in training: a member's batch decides its update.
     vary: Literal["order", "init", "all"] = Field(

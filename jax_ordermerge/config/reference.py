@@ -110,12 +110,12 @@ def _keys_at(path: str | None) -> list[Key]:
     if name not in names:
         # as in errors of configs: the last part, or its initials, without the section
         last = name.rpartition(".")[2]
-        ends = {other.rpartition(".")[2]: other for other in reversed(names)}
+        ends = {full.rpartition(".")[2]: full for full in reversed(names)}
         initials = {"".join(part[:1] for part in end.split("_")): ends[end] for end in ends}
-        other = ends.get(last) or (len(last) > 1 and initials.get(last))
+        near = ends.get(last) or (len(last) > 1 and initials.get(last))
         raise UserError(
             f"unknown key {path}"
-            + (f" (did you mean '{other}'?)" if other else did_you_mean(name, names))
+            + (f" (did you mean '{near}'?)" if near else did_you_mean(name, names))
         )
     return [key for key, n in zip(keys, names, strict=True) if f"{n}.".startswith(f"{name}.")]
 
@@ -173,7 +173,7 @@ def _key(
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     inner = _inner(field)
     # of a section what its class says in the first paragraph
-    own = (inner.__doc__ or "").split("\n\n")[0] if inner else ""
+    summary = (inner.__doc__ or "").split("\n\n")[0] if inner else ""
     if choice is not None:
         accepted = f"one of {', '.join(choice.kinds())}, by name or as a section with `kind`"
         if _is_list(field):
@@ -189,7 +189,7 @@ def _key(
         accepted + (", or null" if is_section and type(None) in get_args(field.annotation) else ""),
         str(extra.get("unit", "")),
         default,
-        " ".join((field.description or own).split()).removesuffix("."),
+        " ".join((field.description or summary).split()).removesuffix("."),
         "; ".join(filter(None, (goes_with, str(extra.get("with", ""))))),
         _yaml(examples[0]) if examples else default,
         is_free,

@@ -33,9 +33,9 @@ def add_reference_logprobs(ctx: RunContext) -> RunContext:
     """
     if ctx.config.objective.kind != "dpo":
         return ctx
-    # As training has the base, quantized where it is: members start there, so that the first margins
-    # are exactly 0.
-    # loaded for the first split that is measured, and not at all where all of them are stored
+    # The base as training holds it, quantized or not: members start there, so the first margins are
+    # exactly 0. It is loaded for the first split that is measured, and not at all where all splits
+    # are stored.
     base = functools.cache(lambda: models.training_base(ctx))
     key = f"{ctx.base_digest} {ctx.config.base_dtype} {ctx.config.model.compute_dtype}"
     if ctx.config.lora is not None and ctx.config.lora.quantizes:

@@ -99,7 +99,7 @@ def _share_programs(table: Sequence[arch.TensorSpec]) -> Iterator[list[arch.Tens
     """
     shared: list[arch.TensorSpec] = []
     for spec in table:
-        size = sum(math.prod(other.shape) for other in (*shared, spec))
+        size = sum(math.prod(tensor.shape) for tensor in (*shared, spec))
         if shared and size > _SHARED_ELEMENTS:
             yield shared
             shared = []

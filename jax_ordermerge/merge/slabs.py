@@ -92,7 +92,7 @@ class FileTensor:
         self._unit = table.METHODS[output.method].unit(output.parameters)
         self._memory: np.ndarray | None = None
         self._loaded: dict[View, np.ndarray] = {}
-        # all models one after another in the memory of the pool, each at a multiple of the alignment
+        # all models one after another in the pool's memory, each at a multiple of the alignment
         size = output.size * self._dtype.itemsize
         self._stride = -(-size // _ALIGNMENT) * _ALIGNMENT
         self._is_checked = allow_nan

@@ -70,8 +70,9 @@ class Format(NamedTuple):
     calibration: str = "absmax"
 
 
-# By name, which is a name of qwix, too. By itself qwix scales the largest of a block to 127.5 or 7.5,
-# between two codes, where the last digit of a division decides: other devices might decide otherwise.
+# By name, which is also qwix's. By default qwix scales the largest weight of a block to 127.5 or
+# 7.5, halfway between two codes, where the last digit of a division decides which one is stored,
+# and devices may differ in that digit.
 FORMATS: Final[dict[str, Format]] = {
     "int8": Format("int8", 1, lambda codes: codes.astype(jnp.float32), f"absmax,{127.5 / 127!r}"),
     "int4": Format("uint8", 2, _decode_int4, f"absmax,{7.5 / 7!r}"),
@@ -178,8 +179,8 @@ def dense(params: tree.Tree, dtype: DTypeLike = jnp.float32) -> tree.Tree:
     """
     name = stored_format(params)
     if name is not None:
-        others = {key: value for key, value in params.items() if key not in (name, SCALE)}
-        return {"weight": dequantize(params[name], params[SCALE], name, dtype), **others}
+        unchanged = {key: value for key, value in params.items() if key not in (name, SCALE)}
+        return {"weight": dequantize(params[name], params[SCALE], name, dtype), **unchanged}
     return {
         key: dense(value, dtype) if isinstance(value, dict) else value
         for key, value in params.items()

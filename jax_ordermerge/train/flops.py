@@ -89,9 +89,10 @@ def executed_flops(
     """Return the FLOPs of the matmuls that a training step executes, padding and remat included.
 
     Matmuls of layers run once forward and twice backward (of frozen weights once), and once more
-    forward under `full` and `offload` rematerialization. Those of the head are never recomputed. Attention
-    computes the blocks that the causal mask touches: 2 matmuls forward, 2 again under `full`, and
-    backward 6 (`xla`), 7 (`splash`) or 5 (`cudnn`). Norms, softmax and the optimizer do not count.
+    forward under `full` and `offload` rematerialization. Those of the head are never recomputed.
+    Attention computes the blocks that the causal mask touches: 2 matmuls forward, 2 again where
+    layers are recomputed, and backward 6 (`xla`), 7 (`splash`) or 5 (`cudnn`). Norms, softmax and
+    the optimizer do not count.
 
     Args:
         config: the architecture.

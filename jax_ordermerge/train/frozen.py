@@ -1,7 +1,7 @@
 """The frozen base of adapters: how its tensors are stored, and how they come onto a mesh.
 
-A quantized base is made from the files of the base at each start, a layer of a tensor at a time. The
-same files give the same bits on every mesh, so a checkpoint does not hold it.
+A quantized base is made from the files of the base at each start, one layer of a tensor at a time.
+The same files give the same bits on every mesh, so a checkpoint does not hold it.
 """
 
 import dataclasses

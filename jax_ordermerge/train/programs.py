@@ -108,8 +108,8 @@ class Programs:
             shapes = optimizer.distinct_shapes(trained, self.mesh)
         is_fused = self.fused_members > 1
         memory = self.spec.training.optimizer_memory
-        alone = functools.partial(steps.train_step, optimizer_memory=memory)
-        build = steps.fused_step if is_fused else alone
+        one_member = functools.partial(steps.train_step, optimizer_memory=memory)
+        build = steps.fused_step if is_fused else one_member
         step = build(
             self.trainable.objective,
             self.tx,

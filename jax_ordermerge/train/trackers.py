@@ -243,8 +243,8 @@ class Trackio:
                 except (OSError, ValueError, RuntimeError) as error:
                     raise UserError(
                         f"tracking.trackio = {tracking.settings.trackio}: trackio does not start"
-                        f" ({first_line(error)}); check TRACKIO_SPACE_ID, TRACKIO_SERVER_URL and the"
-                        " name of the project"
+                        f" ({first_line(error)}); check TRACKIO_SPACE_ID, TRACKIO_SERVER_URL and"
+                        " the name of the project"
                     ) from error
 
     def metrics(self, row: Json) -> None:

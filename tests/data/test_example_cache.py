@@ -302,9 +302,13 @@ def test_a_user_without_a_home_and_a_file_that_cannot_be_opened(
     path = write(tmp_path / "a.jsonl", ROWS)
     for name in ("ORDERMERGE_EXAMPLE_CACHE", "ORDERMERGE_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
-    with monkeypatch.context() as patch:
+
+    def no_home():
         # what expanduser raises where the user is not in /etc/passwd
-        patch.setattr(example_cache.remote, "cache", lambda: (_ for _ in ()).throw(RuntimeError()))
+        raise RuntimeError("could not determine the home directory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(example_cache.user_cache, "directory", no_home)
         assert len(source.tokenize(path, Data(), byte_tokenizer())) == 20
     monkeypatch.setenv("ORDERMERGE_EXAMPLE_CACHE", str(tmp_path / "cache"))
 
