@@ -82,7 +82,8 @@ class Checkpoints:
             timeout: seconds after which a save counts as failed; see `save_timeout`.
         """
         _silence_orbax()
-        self.directory = Path(directory).absolute()
+        # resolved: TensorStore takes no path with `..` in it
+        self.directory = Path(directory).resolve()
         # before Orbax lists the directory
         if jax.process_index() == 0:
             _remove_partial(self.directory)
@@ -344,7 +345,7 @@ def _open_store(path: Path, name: str) -> Any:
 
 
 def _checkpoint_path(directory: str | Path, step: int) -> Path:
-    path = Path(directory).absolute() / str(step)
+    path = Path(directory).resolve() / str(step)
     if not (path / _COMPLETE).is_file():
         present = ", ".join(map(str, steps(directory)))
         raise UserError(

@@ -253,6 +253,14 @@ def test_awkward_paths_work(tmp_path, name):
     assert [path.name for path in (tmp_path / name).iterdir()] == ["1"]
 
 
+def test_a_path_may_go_up(tmp_path):
+    (tmp_path / "below").mkdir()
+    directory = tmp_path / "below" / ".." / "checkpoints"
+    orbax.save(directory, 0, {"w": jnp.arange(2.0)})
+    member = {"w": jax.ShapeDtypeStruct((), "float32")}
+    assert orbax.restore_member(directory, 0, 1, member)["w"] == 1
+
+
 def test_what_cannot_be_read_is_not_called_damaged(saved, tmp_path):
     directory, _ = saved
     shutil.copytree(directory, tmp_path / "c")
