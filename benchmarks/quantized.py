@@ -33,8 +33,8 @@ from jax_ordermerge.experiment.context import RunContext, open_run
 from jax_ordermerge.experiment.specs import plan_spec, training_spec
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.plan import planner
+from jax_ordermerge.plan.analytic import bytes_per_device
 from jax_ordermerge.train import members
-from jax_ordermerge.tree import Tree
 
 MIB, GIB = 2**20, 2**30
 PROBLEMS, LAST = 32, 10  # test problems; steps at the end whose losses are averaged
@@ -120,8 +120,8 @@ def measure(base: Base, options: argparse.Namespace) -> Json:
     if measured is None:
         params = models.training_base(ctx)
         measured = {
-            "bytes": device_bytes(params),
-            "layers": device_bytes(params["layers"]),
+            "bytes": bytes_per_device(params),
+            "layers": bytes_per_device(params["layers"]),
             "loss": losses.sequence_losses(ctx, params, ctx.splits["test"]).mean,
         }
         layout.write_json(stored, measured)
@@ -130,17 +130,6 @@ def measure(base: Base, options: argparse.Namespace) -> Json:
         "losses": [row["loss"][0] for row in rows],
         "same_bits": same_bits(ctx, make_config(Base("bfloat16"), options)),
     }
-
-
-def device_bytes(params: Tree) -> int:
-    """Return the bytes of arrays on their first device."""
-    first = jax.devices()[0]
-    return sum(
-        shard.data.nbytes
-        for leaf in jax.tree.leaves(params)
-        for shard in leaf.addressable_shards
-        if shard.device == first
-    )
 
 
 def same_bits(ctx: RunContext, plain: Config) -> bool:

@@ -23,6 +23,9 @@ from jax_ordermerge.errors import UserError
 from jax_ordermerge.mesh_shape import AXES, mesh_shape
 from jax_ordermerge.tree import PyTree
 
+# The name that jax has for memory of the host that a device reads by itself.
+HOST_MEMORY: Final = "pinned_host"
+
 # Logical axis -> mesh axes. Other logical axes are replicated.
 RULES: Final[dict[str, tuple[str, ...]]] = {
     "member": ("order",),
@@ -264,6 +267,27 @@ def divide_batch(fn: Callable[..., Any], arguments: PyTree, result: PyTree) -> C
     return jax.shard_map(
         fn, in_specs=arguments, out_specs=result, axis_names=names, check_vma=False
     )
+
+
+def check_host_memory(mesh: Mesh, setting: str) -> None:
+    """Check that the devices of a mesh read the memory of the host by themselves.
+
+    Args:
+        mesh: its devices are present.
+        setting: what asks for it, as in "model.remat = offload".
+
+    Raises:
+        UserError: they do not.
+
+    Example:
+        >>> check_host_memory(make_mesh(), "model.remat = offload")
+    """
+    kinds = sorted(memory.kind for memory in mesh.devices.flat[0].addressable_memories())
+    if HOST_MEMORY not in kinds:
+        raise UserError(
+            f"{setting} needs devices that read the memory of the host ({HOST_MEMORY}):"
+            f" {platform(mesh)} has {', '.join(kinds)}; leave the setting out"
+        )
 
 
 def platform(mesh: Mesh) -> str:

@@ -198,7 +198,16 @@ def _training_conflicts(config: Config) -> Iterator[str]:
     if fused and config.training.optimizer_memory == "host":
         yield (
             "training.optimizer_memory = host moves the state of one member after another, and"
-            " lora.fused updates all at once; give device"
+            " lora.fused updates all at once; set training.optimizer_memory to device, or lora.fused to"
+            " false"
+        )
+    # The averages are in the state of the optimizer, and programs cannot compute with host arrays.
+    averages_are_read = training.validates or config.samples.every is not None
+    if training.ema and training.optimizer_memory == "host" and averages_are_read:
+        yield (
+            f"training.ema = {training.ema} keeps averages in the state of the optimizer, and"
+            " validation losses and samples read them on the device; set training.optimizer_memory"
+            " to device"
         )
 
 

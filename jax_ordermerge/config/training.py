@@ -232,11 +232,12 @@ class Training(Section):
         " all: every tensor",
     )
     moments: Moments = Field(Float32Moments(), description="dtype of the optimizer state")
-    optimizer_memory: Literal["device", "host"] = Field(
+    # Where it lives changes no bits, so it may change when a run continues.
+    optimizer_memory: Annotated[Literal["device", "host"], FREE_TO_CHANGE] = Field(
         "device",
         description="where the optimizer state lives between updates. host: in the memory of the"
-        " host, from where a device takes that of one member at a time: k - 1 of k members' less"
-        " on the device, the same bits, and a transfer per update",
+        " host; a device holds that of the member that it updates. The same bits, and two transfers"
+        " per update",
     )
     # Bias-corrected: a short training would otherwise average in its initial weights.
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(

@@ -192,6 +192,10 @@ def load_context(
     model = convert.load_config(base_dir, config.model.ignore_config_keys)
     preflight.check_model(config, base_dir, model)
     preflight.check_frozen(config, model, mesh)
+    if config.training.optimizer_memory == "host":
+        meshes.check_host_memory(mesh, "training.optimizer_memory = host")
+    if config.model.remat == "offload":
+        meshes.check_host_memory(mesh, "model.remat = offload")
     config = _choose_export_dtype(config, base_dir, log)
     tokenizer = tokenizers.load_tokenizer(base_dir)
     # before anything is tokenized: the date is part of the tokens

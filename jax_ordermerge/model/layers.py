@@ -144,17 +144,17 @@ def _project_embed_backward(
 _project_embed.defvjp(_project_embed_forward, _project_embed_backward)
 
 
-class _Frozen(NamedTuple):
+class _QuantizedProduct(NamedTuple):
     """What is static in a product with a quantized weight.
 
     Attributes:
-        name: format of the weight, see `quantization`.
+        format: of the weight, see `quantization`.
         axes: logical axes of the weight.
         inputs, outputs: axes behind `B` and `T` of x and of the product.
         dtype, form: as in `Linear`.
     """
 
-    name: str
+    format: str
     axes: tuple[str, str]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -166,44 +166,46 @@ class _Frozen(NamedTuple):
 # differentiates, the dense weight of each layer would be saved for that: all of the dense base.
 # Here codes and scales are, which the scan over layers has anyway.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _project_frozen(x: jax.Array, codes: jax.Array, scale: jax.Array, how: _Frozen) -> jax.Array:
+def _project_quantized(
+    x: jax.Array, codes: jax.Array, scale: jax.Array, product: _QuantizedProduct
+) -> jax.Array:
     """Return the product of x [B, T, *inputs] with a quantized weight, [B, T, *outputs]."""
-    weight_OI = _dequantize(codes, scale, how)
-    if how.form == "flat":
-        return project(x, weight_OI, how.dtype)
-    return _project_by_head(x, weight_OI, how.dtype, how.outputs)
+    weight_OI = _dequantize(codes, scale, product)
+    if product.form == "flat":
+        return project(x, weight_OI, product.dtype)
+    return _project_by_head(x, weight_OI, product.dtype, product.outputs)
 
 
-def _project_frozen_forward(
-    x: jax.Array, codes: jax.Array, scale: jax.Array, how: _Frozen
+def _project_quantized_forward(
+    x: jax.Array, codes: jax.Array, scale: jax.Array, product: _QuantizedProduct
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _project_frozen(x, codes, scale, how), (codes, scale)
+    return _project_quantized(x, codes, scale, product), (codes, scale)
 
 
-def _project_frozen_backward(
-    how: _Frozen, saved: tuple[jax.Array, jax.Array], grad: jax.Array
+def _project_quantized_backward(
+    product: _QuantizedProduct, saved: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, None, None]:
-    weight_OI = _dequantize(*saved, how)
-    if how.form == "flat":
+    weight_OI = _dequantize(*saved, product)
+    if product.form == "flat":
         grad_RO = grad.reshape(-1, weight_OI.shape[0])
-        grad_x = jnp.einsum("RO,OI->RI", grad_RO, weight_OI, preferred_element_type=how.dtype)
-        return grad_x.reshape(*grad.shape[:2], *how.inputs), None, None
-    weight = weight_OI.reshape(*how.outputs, *how.inputs)
-    outputs = tuple(range(2, grad.ndim)), tuple(range(len(how.outputs)))
+        grad_x = jnp.einsum("RO,OI->RI", grad_RO, weight_OI, preferred_element_type=product.dtype)
+        return grad_x.reshape(*grad.shape[:2], *product.inputs), None, None
+    weight = weight_OI.reshape(*product.outputs, *product.inputs)
+    outputs = tuple(range(2, grad.ndim)), tuple(range(len(product.outputs)))
     grad_x = jax.lax.dot_general(
-        grad, weight, (outputs, ((), ())), preferred_element_type=how.dtype
+        grad, weight, (outputs, ((), ())), preferred_element_type=product.dtype
     )
     return grad_x, None, None
 
 
-_project_frozen.defvjp(_project_frozen_forward, _project_frozen_backward)
+_project_quantized.defvjp(_project_quantized_forward, _project_quantized_backward)
 
 
-def _dequantize(codes: jax.Array, scale: jax.Array, how: _Frozen) -> jax.Array:
+def _dequantize(codes: jax.Array, scale: jax.Array, product: _QuantizedProduct) -> jax.Array:
     # Codes are gathered over `fsdp`, and not the dense weight, which is two to four times as large.
-    gathered = [None if axis == "embed" else axis for axis in how.axes]
+    gathered = [None if axis == "embed" else axis for axis in product.axes]
     codes, scale = (meshes.constrain(array, *gathered) for array in (codes, scale))
-    return quantization.dequantize(codes, scale, how.name, how.dtype)
+    return quantization.dequantize(codes, scale, product.format, product.dtype)
 
 
 class Linear(nn.Module):
@@ -237,8 +239,10 @@ class Linear(nn.Module):
             y = self._product(x, weight.astype(self.dtype), outputs, self.axes)
         else:
             stored = (self.get_variable("params", key) for key in (name, quantization.SCALE))
-            how = _Frozen(name, self.axes, x.shape[2:], outputs, self.dtype, self.form)
-            y = _project_frozen(x, *stored, how)
+            product = _QuantizedProduct(
+                name, self.axes, x.shape[2:], outputs, self.dtype, self.form
+            )
+            y = _project_quantized(x, *stored, product)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (features,))
             y = y + bias.astype(self.dtype).reshape(outputs)[None, None]

@@ -50,7 +50,7 @@ _REMAT_POLICIES = {
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[LAYER_INPUT],
         offload_src="device",
-        offload_dst="pinned_host",
+        offload_dst=meshes.HOST_MEMORY,
     ),
 }
 

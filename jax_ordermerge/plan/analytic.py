@@ -43,7 +43,8 @@ def assumptions(topology: Topology, *, fused: bool = False) -> tuple[str, ...]:
         "matmuls, memory and collectives overlap: a step takes the longest of them and"
         f" {_EXPOSED:.0%} of the others",
         f"members of a device group run {members}",
-        "reading data, saving checkpoints, compilation and the network's latency take no time",
+        "reading data, saving checkpoints, transfers to the memory of the host, compilation and the"
+        " network's latency take no time",
     )
 
 
@@ -334,7 +335,7 @@ class _StepCosts:
         self.heads = model.num_heads * model.head_dim
         self.kv = model.num_kv_heads * model.head_dim
         # `dots` repeats elementwise work only, which no count of matmuls sees
-        self.recomputes = spec.model.remat in ("full", "offload")
+        self.recomputes = spec.model.remat in flops.RECOMPUTING
 
     def memory(self) -> Memory:
         # five arrays of four bytes per token (tokens, targets, positions, segments, weights), two

@@ -213,6 +213,11 @@ class _Planner:
         settings = f" with {format_changes(changes)}" if changes else ""
         self.log(f"compiling the training step for {self.topology.name}{settings}")
         memory = estimate.memory
+        if spec.training.optimizer_memory == "host":
+            # no argument: the state of the member that is updated is among the temporaries
+            memory = dataclasses.replace(
+                memory, optimizer=0.0, temporaries=memory.temporaries + memory.optimizer
+            )
         # XLA reports one number for all arguments: the state is exact, so the batch is the rest
         state = memory.parameters + memory.optimizer + memory.base
         option = dataclasses.replace(option, source="compiled")

@@ -87,8 +87,10 @@ def _enumerate_changes(
     ]
     # halvings only: each candidate is estimated, and other divisors lie between two of them
     microbatches = [batch // 2**i for i in range(batch.bit_length()) if batch % 2**i == 0]
+    # `offload` only where it is configured: no device has measured its time
+    remats = dict.fromkeys((*_REMAT, spec.model.remat))
     for order, tensor, microbatch, remat in itertools.product(
-        orders, tensors, microbatches, _REMAT
+        orders, tensors, microbatches, remats
     ):
         fsdp, rest = divmod(devices, order * tensor)
         # a microbatch that the batch axes do not divide would be replicated, which only costs time

@@ -5,7 +5,7 @@ Their ratio is the model FLOPs utilization (MFU).
 
 import collections
 import math
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from jax_ordermerge import hardware
 from jax_ordermerge.arch import ModelConfig, tensor_table
 from jax_ordermerge.config import Lora
 from jax_ordermerge.model import lora
+
+# Values of `model.remat` with which the backward pass computes whole layers again.
+RECOMPUTING: Final = ("full", "offload")
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
@@ -112,7 +115,7 @@ def executed_flops(
         [1638400.0, 2064384.0]
     """
     layers, head = _matmul_weights(config)
-    again = 1 if remat in ("full", "offload") else 0
+    again = 1 if remat in RECOMPUTING else 0
     low = 0 if adapters is None else _low_rank(config, adapters)
     passes = (3 if adapters is None else 2) + again
     # the gradient of the head is computed with the losses, whether the head is trained or not

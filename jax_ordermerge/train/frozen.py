@@ -244,7 +244,10 @@ def place(
     dtypes = {path: leaf.dtype for path, leaf in tree.flatten(stored).items()}
     # as it is: a copy would be in memory beside it
     if all(
-        path in flat and flat[path].dtype == dtype and flat[path].sharding == places[path]
+        path in flat
+        and flat[path].dtype == dtype
+        # a base in numpy has no sharding
+        and getattr(flat[path], "sharding", None) == places[path]
         for path, dtype in dtypes.items()
     ):
         return params

@@ -6,7 +6,7 @@ Axis letters: `M` member, `A` accumulation step (microbatch), `B` example of a m
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,6 @@ from jax_ordermerge.tree import PyTree, Tree
 
 T = TypeVar("T")
 Batch = dict[str, jax.Array]
-# The name that jax has for memory of the host that a device reads by itself.
-HOST: Final = "pinned_host"
 OptimizerMemory = Literal["device", "host"]
 Step = Callable[["TrainState", Batch, Tree], tuple["TrainState", "Metrics"]]
 
@@ -286,7 +284,7 @@ def abstract_state(
         inner = () if leaf.sharding is None else tuple(leaf.sharding.spec)[1:]
         # counters are read by the device in every step, and take no memory
         on_host = optimizer_memory == "host" and leaf.ndim > 1
-        kind = HOST if on_host else None
+        kind = meshes.HOST_MEMORY if on_host else None
         sharding = NamedSharding(mesh, P("order", *inner), memory_kind=kind)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

@@ -141,6 +141,10 @@ CONFIGS = sorted(
             "one member after another",
         ),
         (
+            {"training": {"ema": 0.9, "optimizer_memory": "host"}, "samples": {"every": 5}},
+            "set training.optimizer_memory to device",
+        ),
+        (
             {"population": {"vary": "all", "level": "same"}, "lora": {}},
             "population.level = same gives all members one order",
         ),

@@ -199,6 +199,12 @@ def test_checkpoints_of_before_are_of_the_same_training(
         plan = batches.make_plan(spec, tiny_examples, mesh=make_mesh())
         resume.identity(Programs(tiny_model, plan, make_mesh()))
     assert [settings["lora"].get("fused") for settings in deciding] == [None, True]
+    # a key that is added here ends every training that was begun before: leave it out at its default
+    assert set(deciding[0]["training"]) == {
+        *("batch", "checkpoint", "clip_norm", "decay_on", "ema", "epochs", "final_fraction"),
+        *("learning_rate", "microbatch", "mixing", "moments", "optimizer", "schedule"),
+        *("validate_every", "warmup", "weight_decay"),
+    }
 
 
 # ---------------------------------------------------------------------- what it works with
