@@ -31,8 +31,10 @@ After it is published:
 
 
 def git(root: pathlib.Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
+    result = subprocess.run(
+        ["git", *arguments], cwd=root, check=True, capture_output=True, text=True
+    )
+    return result.stdout.strip()
 
 
 def read_version(root: pathlib.Path) -> str:
@@ -42,7 +44,7 @@ def read_version(root: pathlib.Path) -> str:
 
 
 def read_notes(root: pathlib.Path, version: str) -> str:
-    """Return the entry of a version in CHANGELOG.md, without its heading; empty if there is none."""
+    """Return the entry of a version in CHANGELOG.md without its heading; empty if there is none."""
     text = (root / "CHANGELOG.md").read_text(encoding="utf-8")
     heading = rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$"
     entry = re.search(rf"{heading}(.*?)(?=^## \[|\Z)", text, re.MULTILINE | re.DOTALL)

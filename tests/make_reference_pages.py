@@ -46,8 +46,8 @@ def config() -> str:
         " ([which](../runs.md#ask-a-finished-run-for-more)).\n",
     ]
     keys = list_keys()
-    alone = [key for key in keys if "." not in key.path and not key.is_section]
-    parts.append(_key_table([key for key in alone if key.path not in ("lora",)]))
+    scalars = [key for key in keys if "." not in key.path and not key.is_section]
+    parts.append(_key_table(scalars))
     for section in [key for key in keys if "." not in key.path and key.is_section]:
         below = [key for key in keys if key.path.startswith(f"{section.path}.")]
         meaning = f"{section.meaning}." if section.meaning else ""
@@ -243,19 +243,19 @@ def python() -> str:
         "```python\nimport jax_ordermerge as jom\n```\n",
     ]
     for name in jax_ordermerge.__all__:
-        thing = getattr(jax_ordermerge, name)
+        public = getattr(jax_ordermerge, name)
         parts.append(f"\n## {name}\n")
         if name == "__version__":
             parts.append("The version of the package, as text.\n")
             continue
         module = jax_ordermerge._PUBLIC[name]
         parts.append(f"`jax_ordermerge.{module}.{name}`\n")
-        if not inspect.isclass(thing):
-            signature = _signature(thing)
+        if not inspect.isclass(public):
+            signature = _signature(public)
             parts.append(f"```python\n{name}{signature}\n```\n")
         elif name == "Config":
             parts.append("Its fields: [config keys](config.md).\n")
-        parts += _render(_doc(thing))
+        parts += _render(_doc(public))
     return "\n".join(parts)
 
 
@@ -293,8 +293,8 @@ def _render(doc: str) -> list[str]:
 # ------------------------------------------------------------------------------------ helpers
 
 
-def _doc(thing: object) -> str:
-    return inspect.getdoc(thing) or ""
+def _doc(public: object) -> str:
+    return inspect.getdoc(public) or ""
 
 
 def _split(doc: str) -> tuple[str, dict[str, str]]:

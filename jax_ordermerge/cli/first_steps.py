@@ -1,5 +1,6 @@
 """Commands to begin with: the configs of the package, and a config of one's own."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +79,7 @@ def init(
             raise UserError(f"{path}: expected a file to write that ends in .yaml")
         request = command.Request(model, data, test, hardware, members)
         summary = f": {command.write_config(request, path)}"
-    typer.echo(f"wrote {path}{summary}\nnext: ordermerge run {path}")
+    typer.echo(f"wrote {path}{summary}\nnext: ordermerge run {shlex.quote(str(path))}")
 
 
 def _write_shipped(names: list[str]) -> Path:

@@ -13,6 +13,7 @@ from jax_ordermerge.cli.app import (
     IgnoreKeys,
     Model,
     Overrides,
+    Quiet,
     app,
     check_outputs,
     refuse_options,
@@ -38,11 +39,7 @@ def merge(
     method: Annotated[str | None, Option(help="Merge method; average by default.")] = None,
     parameters: Annotated[
         list[str] | None,
-        Option(
-            "--param",
-            metavar="KEY=VALUE",
-            help="A parameter of the method, e.g. --param resample=exhaustive. May be repeated.",
-        ),
+        Option("--param", metavar="KEY=VALUE", help="As in resample=exhaustive. May be repeated."),
     ] = None,
     weights: Annotated[str | None, Option(help="One per model, separated by commas.")] = None,
     seed: Annotated[int, Option(help="Seed of the random methods.")] = 0,
@@ -59,6 +56,7 @@ def merge(
     ignore_config_keys: IgnoreKeys = None,
     allow_bin: AllowBin = False,
     overrides: Overrides = None,
+    quiet: Quiet = False,
 ) -> None:
     """Merge the members of a run, or checkpoints of one architecture.
 

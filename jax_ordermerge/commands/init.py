@@ -1,22 +1,22 @@
 """A config for a model, data and devices: what is chosen, and why, as comments beside it."""
 
 import dataclasses
-import json
 import math
-import re
+import shlex
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
-import yaml
 
 from jax_ordermerge.arch import ModelConfig, parameter_count
 from jax_ordermerge.checkpoint import atomic, convert
 from jax_ordermerge.commands import configs
 from jax_ordermerge.commands import data as data_command
 from jax_ordermerge.config import Config, make_config
+from jax_ordermerge.config.reference import to_yaml
+from jax_ordermerge.config.section import set_value
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import preflight
@@ -33,12 +33,12 @@ _FEWEST = 16  # examples of which some can be set aside
 _HELD_OUT = 0.1  # share of the examples for validation, and for the test where no file is given
 _MOST_HELD_OUT = 256
 _STEPS = 10  # at least so many of an epoch, or the order would have little to say
-_PACKED = 8  # examples in a packed row, about: fewer leave more of it empty
-_WASTE = 0.3  # share of padding from which something is done about it
-_SMALL = 10**9  # parameters below which the learning rate is higher
+_EXAMPLES_PER_ROW = 8  # examples in a packed row, about: fewer leave more of it empty
+_MOST_PADDING = 0.3  # share of padding from which something is done about it
+_LARGE_MODEL = 10**9  # parameters from which the learning rate is lower
 
 
-class Choice(NamedTuple):
+class Setting(NamedTuple):
     """A setting of the config to write.
 
     Attributes:
@@ -84,118 +84,118 @@ def write_config(request: Request, out: Path) -> str:
     configs.check_new(out)
     if request.hardware is not None:
         parse(request.hardware, 1)  # before minutes of reading
-    choices = _choose_inputs(request, out.stem)
+    settings = _choose_inputs(request, out.stem)
     architecture = convert.load_config(convert.resolve(request.model, weights=False))
     cap = min(architecture.context_length, _LONGEST)
-    draft = _make([*choices, Choice("data.max_length", cap)])
+    draft = _make([*settings, Setting("data.max_length", cap)])
     loaded = data_command.load(draft)
-    choices += _choose_data(loaded.splits["train"], request, cap)
-    choices += _choose_training(_count_rows(choices, loaded.splits["train"]), architecture)
-    draft = _make([*choices, Choice("model.compute_dtype", "float32")])
+    settings += _choose_data(loaded.splits["train"], request, cap)
+    settings += _choose_training(_count_rows(settings, loaded.splits["train"]), architecture)
+    draft = _make([*settings, Setting("model.compute_dtype", "float32")])
     # by formulas: a compilation takes minutes, and may need a compiler that is not here
     plan = planner.plan_experiment(plan_spec(draft), request.hardware, analytic_only=True)
-    choices += _choose_hardware(plan, request)
-    choices.append(
-        Choice(
+    settings += _choose_hardware(plan, request)
+    settings.append(
+        Setting(
             "merge.methods",
             [{"method": "average"}, {"method": "selection", "parameters": {"resample": 0}}],
             "a merge each; ordermerge search finds more without a training",
         )
     )
-    config = _make(choices)
+    config = _make(settings)
     preflight.check_config(config)
     loaded = data_command.load(config)
     if shared := loaded.overlaps:
         counts = ", ".join(f"{x.examples} of {x.split} in {x.other_split}" for x in shared)
         reason = f"the data hold examples twice ({counts}): remove them for results held out"
-        choices.insert(-1, Choice("data.allow_overlap", True, reason))
-        loaded = dataclasses.replace(loaded, config=_make(choices))
+        settings.insert(-1, Setting("data.allow_overlap", True, reason))
+        loaded = dataclasses.replace(loaded, config=_make(settings))
     data_command.check(loaded)
-    atomic.replace(out, _as_yaml(choices, request, out).encode())
+    atomic.replace(out, _as_yaml(settings, request, out).encode())
     train = len(loaded.splits["train"])
     return f"{request.members} orders of {train:,} examples on {plan.topology.name}"
 
 
-def _make(choices: list[Choice]) -> Config:
-    return make_config(_nested(choices), "the config to write")
+def _make(settings: list[Setting]) -> Config:
+    return make_config(_nested(settings), "the config to write")
 
 
-def _nested(choices: list[Choice]) -> Json:
+def _nested(settings: list[Setting]) -> Json:
     raw: Json = {}
-    for choice in choices:
-        *parents, last = choice.key.split(".")
-        node = raw
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = choice.value
+    for setting in settings:
+        set_value(raw, setting.key, setting.value, setting.key)
     return raw
 
 
-# ------------------------------------------------------------------------------------- choices
+# ------------------------------------------------------------------------------------- settings
 
 
-def _choose_inputs(request: Request, name: str) -> list[Choice]:
-    choices = [
-        Choice("name", name, "also of the run directory, runs/NAME"),
-        Choice("model.base", request.model),
-        Choice("data.train", request.data),
+def _choose_inputs(request: Request, name: str) -> list[Setting]:
+    settings = [
+        Setting("name", name, "also of the run directory, runs/NAME"),
+        Setting("model.base", request.model),
+        Setting("data.train", request.data),
     ]
     if request.test is not None:
-        choices.append(Choice("data.test", request.test))
+        settings.append(Setting("data.test", request.test))
     reason = "orders; each costs a training, and 4 are enough to see what the order does"
-    return [*choices, Choice("population.members", request.members, reason)]
+    return [*settings, Setting("population.members", request.members, reason)]
 
 
-def _choose_data(train: Examples, request: Request, cap: int) -> list[Choice]:
+def _choose_data(train: Examples, request: Request, cap: int) -> list[Setting]:
     """Choose lengths, padding, and what is set aside."""
     count = len(train)
     if count < _FEWEST:
         raise UserError(
-            f"--data {request.data} has {count} examples that can be used, at least {_FEWEST} are"
-            " needed; give more, or a smaller model with a longer context"
+            f"--data {request.data} has {count} usable examples, expected at least {_FEWEST}; give"
+            f" more examples, or a model whose context holds them (here {cap:,} tokens)"
         )
     lengths = train.lengths
-    middle, most, longest = (int(x) for x in np.percentile(lengths, [50, 99, 100], method="higher"))
-    if middle == cap:  # texts are cut into windows of any length
+    median, p99, longest = (int(x) for x in np.percentile(lengths, [50, 99, 100], method="higher"))
+    if median == cap:  # texts are cut into windows of any length
         length, reason = min(cap, _WINDOW), "tokens of a window: the data are texts"
     else:
         # a few long examples would make all others wait, unless they are hardly longer
-        chosen = longest if longest <= 1.25 * most else most
+        chosen = longest if longest <= 1.25 * p99 else p99
         length = min(_round_up(chosen), cap)
         reason = (
-            f"tokens: half of the {count:,} examples have at most {middle}, 99 % at most {most},"
+            f"tokens: half of the {count:,} examples have at most {median}, 99 % at most {p99},"
             f" the longest {longest}"
         )
         if longest > length:
             reason += f"; {int((lengths > length).sum()):,} longer ones are dropped"
-    choices = [Choice("data.max_length", length, reason)]
+    settings = [Setting("data.max_length", length, reason)]
     waste = 1 - float(np.minimum(lengths, length).mean()) / length
     buckets = sorted(
         {_round_up(int(np.percentile(lengths, share, method="higher"))) for share in (50, 80)}
         - {length}
     )
     buckets = [bucket for bucket in buckets if bucket < length]
-    if middle < cap and waste > _WASTE and train.rejected is None and not _is_cpu(request):
-        length = max(length, min(cap, _round_up(_PACKED * int(lengths.mean()))))
-        choices[0] = Choice("data.max_length", length, f"{reason}; a row holds several")
+    if median < cap and waste > _MOST_PADDING and train.rejected is None and not _is_cpu(request):
+        length = max(length, min(cap, _round_up(_EXAMPLES_PER_ROW * int(lengths.mean()))))
+        settings[0] = Setting("data.max_length", length, f"{reason}; a row holds several")
         reason = f"one example in a row would leave {100 * waste:.0f} % of it padding"
-        choices.append(Choice("data.packing", "packs", reason))
-    elif middle < cap and waste > _WASTE and buckets:
+        settings.append(Setting("data.packing", "packs", reason))
+    elif median < cap and waste > _MOST_PADDING and buckets:
         reason = f"padded lengths: rows of {length} alone would be {100 * waste:.0f} % padding"
-        choices.append(Choice("data.buckets", buckets, reason))
-    elif middle < cap:
+        settings.append(Setting("data.buckets", buckets, reason))
+    elif median < cap:
         reason = f"rows are {100 * waste:.0f} % padding: several examples in one would gain little"
-        choices.append(Choice("data.packing", "none", reason))
-    aside = max(2, min(_MOST_HELD_OUT, int(_HELD_OUT * count)))
-    choices.append(
-        Choice("data.validation_examples", aside, "set aside to choose a merge on, never trained")
+        settings.append(Setting("data.packing", "none", reason))
+    held_out_count = max(2, min(_MOST_HELD_OUT, int(_HELD_OUT * count)))
+    settings.append(
+        Setting(
+            "data.validation_examples",
+            held_out_count,
+            "set aside to choose a merge on, never trained",
+        )
     )
     if request.test is None:
         reason = "set aside for the results, since no --test is given"
-        choices.append(Choice("data.test_examples", aside, reason))
+        settings.append(Setting("data.test_examples", held_out_count, reason))
     if train.rejected is not None:
-        choices.append(Choice("objective.kind", "dpo", "the data are preference pairs"))
-    return choices
+        settings.append(Setting("objective.kind", "dpo", "the data are preference pairs"))
+    return settings
 
 
 def _is_cpu(request: Request) -> bool:
@@ -204,9 +204,9 @@ def _is_cpu(request: Request) -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _count_rows(choices: list[Choice], train: Examples) -> float:
+def _count_rows(settings: list[Setting], train: Examples) -> float:
     """Return the number of rows in an epoch, of examples or packed, before any are set aside."""
-    values = {choice.key: choice.value for choice in choices}
+    values = {setting.key: setting.value for setting in settings}
     if values.get("data.packing") != "packs":
         return len(train)
     length = values["data.max_length"]
@@ -214,33 +214,33 @@ def _count_rows(choices: list[Choice], train: Examples) -> float:
     return float(train.lengths.sum()) / length
 
 
-def _choose_training(count: float, model: ModelConfig) -> list[Choice]:
+def _choose_training(count: float, model: ModelConfig) -> list[Setting]:
     """Choose batch and learning rate; both are where to begin, not what is best."""
     used = count * (1 - 2 * _HELD_OUT)
     batch = 2 ** max(0, min(5, int(math.log2(max(used / _STEPS, 1)))))
     size = parameter_count(model)
-    rate = 2e-5 if size >= _SMALL else 1e-4
+    rate = 2e-5 if size >= _LARGE_MODEL else 1e-4
     return [
-        Choice("training.epochs", 3, "as in the recipe of Alpaca"),
-        Choice("training.batch", batch, f"rows per step: {used / batch:.0f} steps per epoch"),
-        Choice(
+        Setting("training.epochs", 3, "as in the recipe of Alpaca"),
+        Setting("training.batch", batch, f"rows per step: {used / batch:.0f} steps per epoch"),
+        Setting(
             "training.learning_rate",
             rate,
             f"to begin with, for {size / 1e6:,.1f} M parameters; compare validation losses of"
             " half and twice as much",
         ),
-        Choice("training.schedule", "cosine"),
-        Choice("training.warmup", 0.03),
+        Setting("training.schedule", "cosine"),
+        Setting("training.warmup", 0.03),
     ]
 
 
-def _choose_hardware(plan: Plan, request: Request) -> list[Choice]:
+def _choose_hardware(plan: Plan, request: Request) -> list[Setting]:
     """Choose mesh, microbatch, recomputation, waves and adapters by the estimate."""
     topology = plan.topology
     if topology.device is None:  # a CPU, of which there is no data sheet
         return [
-            Choice("model.compute_dtype", "float32", "CPUs are no faster in bfloat16"),
-            Choice("mesh.fsdp", -1, f"{topology.size} device: it takes all cores by itself"),
+            Setting("model.compute_dtype", "float32", "CPUs are no faster in bfloat16"),
+            Setting("mesh.fsdp", -1, f"{topology.size} device: it takes all cores by itself"),
         ]
     option = plan.candidates[0] if plan.candidates else None
     if option is None:
@@ -249,30 +249,30 @@ def _choose_hardware(plan: Plan, request: Request) -> list[Choice]:
             " give --hardware of more devices"
         )
     return [
-        Choice("model.compute_dtype", "bfloat16", "matmuls; trained weights stay in float32"),
+        Setting("model.compute_dtype", "bfloat16", "matmuls; trained weights stay in float32"),
         *_planned(option, topology.name),
     ]
 
 
-def _planned(option: OptionPlan, name: str) -> list[Choice]:
+def _planned(option: OptionPlan, name: str) -> list[Setting]:
     spec, memory = option.spec, option.step.memory.total / 2**30
     fits = f"the fastest that fits {name} by the estimate, {memory:,.1f} GiB per device"
-    choices = [
-        Choice("model.remat", spec.model.remat, f"what is recomputed: {fits}"),
-        Choice("mesh.order", spec.mesh.order, "groups that train members at the same time"),
-        Choice("mesh.fsdp", spec.mesh.fsdp, "devices that share a member and its batch"),
-        Choice("mesh.tensor", spec.mesh.tensor, "devices that share heads and mlp"),
+    settings = [
+        Setting("model.remat", spec.model.remat, f"what is recomputed: {fits}"),
+        Setting("mesh.order", spec.mesh.order, "groups that train members at the same time"),
+        Setting("mesh.fsdp", spec.mesh.fsdp, "devices that share a member and its batch"),
+        Setting("mesh.tensor", spec.mesh.tensor, "devices that share heads and mlp"),
     ]
     if spec.training.microbatch is not None:
         reason = "examples per pass: all at once would not fit, or be slower"
-        choices.append(Choice("training.microbatch", spec.training.microbatch, reason))
+        settings.append(Setting("training.microbatch", spec.training.microbatch, reason))
     if spec.population.wave is not None:
         reason = "members in memory together; the others wait"
-        choices.append(Choice("population.wave", spec.population.wave, reason))
+        settings.append(Setting("population.wave", spec.population.wave, reason))
     if spec.lora is not None:
         reason = "adapters: full fine-tuning fits with no settings"
-        choices.append(Choice("lora.rank", spec.lora.rank, reason))
-    return choices
+        settings.append(Setting("lora.rank", spec.lora.rank, reason))
+    return settings
 
 
 def _round_up(length: int) -> int:
@@ -282,27 +282,29 @@ def _round_up(length: int) -> int:
 # ------------------------------------------------------------------------------------- text
 
 
-def _as_yaml(choices: list[Choice], request: Request, out: Path) -> str:
-    """Return the choices as YAML, each with its reason above it."""
-    options = " ".join(
-        f"--{name} {value}"
+def _as_yaml(settings: list[Setting], request: Request, out: Path) -> str:
+    """Return the settings as YAML, each with its reason above it."""
+    options = [
+        part
         for name, value in dataclasses.asdict(request).items()
         if value is not None and (name, value) != ("members", 4)
-    )
-    reasons = {choice.key: choice.reason for choice in choices if choice.reason}
+        for part in (f"--{name}", str(value))
+    ]
+    path = shlex.quote(str(out))
+    reasons = {setting.key: setting.reason for setting in settings if setting.reason}
     lines = [
-        f"# Written by: ordermerge init {options} {out}",
+        f"# Written by: ordermerge init {shlex.join(options)} {path}",
         "#",
-        f"#   ordermerge data {out}    # what would be trained on",
-        f"#   ordermerge plan {out}    # memory and time",
-        f"#   ordermerge run {out}",
+        f"#   ordermerge data {path}    # what would be trained on",
+        f"#   ordermerge plan {path}    # memory and time",
+        f"#   ordermerge run {path}",
         "#",
         "# Reasons stand above the values. Learning rate, epochs and members are yours to change.",
     ]
-    for section, values in _nested(choices).items():
+    for section, values in _nested(settings).items():
         if not isinstance(values, dict):
             lines += [f"# {reasons[section]}"] if section in reasons else []
-            lines.append(f"{section}: {_flow(values)}")
+            lines.append(f"{section}: {to_yaml(values)}")
             continue
         lines.append(f"{section}:")
         for key, value in values.items():
@@ -316,15 +318,5 @@ def _as_yaml(choices: list[Choice], request: Request, out: Path) -> str:
 
 def _entry(key: str, value: object) -> list[str]:
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [f"  {key}:", *(f"    - {_flow(item)}" for item in value)]
-    return [f"  {key}: {_flow(value)}"]
-
-
-def _flow(value: object) -> str:
-    """Return a value as YAML on one line."""
-    if isinstance(value, float):
-        return f"{value:.1e}" if value < 1e-2 else repr(value)
-    if isinstance(value, str):
-        return value if re.fullmatch(r"[\w./@-][\w./@:+-]*", value) else json.dumps(value)
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False)
-    return text.removesuffix("\n...\n").rstrip("\n")
+        return [f"  {key}:", *(f"    - {to_yaml(item)}" for item in value)]
+    return [f"  {key}: {to_yaml(value)}"]

@@ -50,7 +50,10 @@ _WRITING = (
 )
 # What a merge is made from -> why its options are refused, and the options that it reads.
 MODES: dict[Kind, tuple[str, tuple[str, ...]]] = {
-    "run": ("the config of the run says how its members are merged, see --set", ("overrides",)),
+    "run": (
+        "the config of the run says how its members are merged, see --set",
+        ("overrides", "quiet"),
+    ),
     "recipe": ("the recipe says how its models are merged", _WRITING),
     "models": (
         "it goes with a config or run",

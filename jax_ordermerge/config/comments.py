@@ -2,13 +2,13 @@
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
 from jax_ordermerge.config.evaluation import TASK_KINDS
 from jax_ordermerge.config.experiment import Config
-from jax_ordermerge.config.section import HasSettings, Section
+from jax_ordermerge.config.section import HasSettings, Section, sections_in
 from jax_ordermerge.config.training import OPTIMIZERS
 
 _WIDTH = 100  # characters of a line
@@ -85,7 +85,7 @@ def _keys(node: yaml.Node, sections: Sequence[type[Section]]) -> Iterator[_Key]:
         if field.description:
             mark = key.start_mark
             yield _Key(mark.line, mark.column, key.value, field.description)
-        yield from _keys(value, _sections(field.annotation))
+        yield from _keys(value, sections_in(field.annotation))
 
 
 def _choose(node: yaml.MappingNode, sections: Sequence[type[Section]]) -> type[Section]:
@@ -99,9 +99,3 @@ def _choose(node: yaml.MappingNode, sections: Sequence[type[Section]]) -> type[S
         if "kind" in section.model_fields and section.model_fields["kind"].default == kind:
             return section
     return sections[0]
-
-
-def _sections(annotation: Any) -> list[type[Section]]:
-    """Return the sections that a field may hold, alone or in a list."""
-    options = [annotation, *getattr(annotation, "__args__", ())]
-    return [o for o in options if isinstance(o, type) and issubclass(o, Section)]

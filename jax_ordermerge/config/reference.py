@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from jax_ordermerge.config.data import DataSource
 from jax_ordermerge.config.experiment import Config
-from jax_ordermerge.config.section import FREE_TO_CHANGE, Choice, Section
+from jax_ordermerge.config.section import FREE_TO_CHANGE, Choice, Section, sections_in
 from jax_ordermerge.errors import UserError, did_you_mean
 from jax_ordermerge.json_types import JsonValue
 
@@ -137,7 +137,7 @@ def _section_keys(
             continue
         path = f"{prefix}{name}"
         free = is_free or FREE_TO_CHANGE in field.metadata
-        choice = _find(field, Choice)
+        choice = _find_choice(field)
         inner = _inner(field)
         yield _key(path, field, choice, goes_with, is_free=free, is_section=bool(choice or inner))
         if path == "data.test":  # as data.train
@@ -191,7 +191,7 @@ def _key(
         default,
         " ".join((field.description or summary).split()).removesuffix("."),
         "; ".join(filter(None, (goes_with, str(extra.get("with", ""))))),
-        _yaml(examples[0]) if examples else default,
+        to_yaml(examples[0]) if examples else default,
         is_free,
         is_section,
     )
@@ -208,10 +208,10 @@ def _default(field: FieldInfo, choice: Choice | None) -> str:
     if isinstance(value, tuple) and any(isinstance(entry, Section) for entry in value):
         # by what is chosen in each entry; the whole entries are in the config of a run
         return f"[{', '.join(dict.fromkeys(entry.method for entry in value))}]"
-    return _yaml(value)
+    return to_yaml(value)
 
 
-def _yaml(value: object) -> str:
+def to_yaml(value: object) -> str:
     """Return a value as one line of YAML."""
     plain = _plain(value)
     if isinstance(plain, str) and (plain != plain.strip() or "\n" in plain):
@@ -237,7 +237,7 @@ def _is_list(field: FieldInfo) -> bool:
     )
 
 
-def _find(field: FieldInfo, kind: type[Choice]) -> Choice | None:
+def _find_choice(field: FieldInfo) -> Choice | None:
     """Return the choice in the annotation of a field, which may lie below a list or None."""
 
     def metadata(annotation: Any) -> Iterator[object]:
@@ -246,19 +246,12 @@ def _find(field: FieldInfo, kind: type[Choice]) -> Choice | None:
             yield from metadata(part)
 
     marks = (*field.metadata, *metadata(field.annotation))
-    return next((mark for mark in marks if isinstance(mark, kind)), None)
+    return next((mark for mark in marks if isinstance(mark, Choice)), None)
 
 
 def _inner(field: FieldInfo) -> type[Section] | None:
     """Return the section in the annotation of a field."""
-
-    def types_in(annotation: Any) -> Iterator[object]:
-        yield annotation
-        for part in get_args(annotation):
-            yield from types_in(part)
-
-    sections = (x for x in types_in(field.annotation) if isinstance(x, type))
-    return next((x for x in sections if issubclass(x, Section)), None)
+    return next(iter(sections_in(field.annotation)), None)
 
 
 def _type(field: FieldInfo) -> str:

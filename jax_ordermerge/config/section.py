@@ -87,6 +87,13 @@ def _leaf_types(annotation: object) -> set[object]:
 SectionType = TypeVar("SectionType", bound=Section)
 
 
+def sections_in(annotation: object) -> list[type[Section]]:
+    """Return the sections in an annotation: in unions, lists and `Annotated` as well."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_in(part)]
+
+
 class UniqueKeyLoader(yaml.SafeLoader):
     """The safe loader, which refuses two equal keys and reads `TEXT_KEYS` as texts."""
 

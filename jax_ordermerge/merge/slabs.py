@@ -30,7 +30,7 @@ class MemoryPool:
 
     Attributes:
         limit: bytes.
-        was_used: whether any memory was ever acquired.
+        was_used: whether a method measures tensors before it merges them, or needs whole ones.
     """
 
     def __init__(self, limit: int) -> None:
@@ -123,8 +123,11 @@ class FileTensor:
         The first call loads the tensor, since others will follow. One that is larger than the
         memory for such tensors is read again by each call, so that memory does not grow with it.
         """
-        if not self._loaded and len(self._output.views) * self._stride <= self._pool.limit:
-            self._load()
+        if not self._loaded:
+            # also where this tensor is too large: smaller ones of the same merge are loaded
+            self._pool.was_used = True
+            if len(self._output.views) * self._stride <= self._pool.limit:
+                self._load()
         # One thread measures a tensor, in file order: sums from several threads would come in
         # another order each time.
         sums, choices = parts.Sums(reduce), tuple(static.items())

@@ -67,7 +67,7 @@ def test_examples_that_are_there_twice_are_named(tmp_path):
         (["quickstart", "a.yaml", "b.yaml"], "init needs the name of a config"),
         (["--model", "nowhere/x/y", "--data", "sums.jsonl"], "nowhere/x/y"),
         (["--model", "embedded:quickstart", "--data", "none.jsonl"], "none.jsonl not found"),
-        (["--model", "embedded:quickstart", "--data", "few.jsonl"], "at least 16 are needed"),
+        (["--model", "embedded:quickstart", "--data", "few.jsonl"], "expected at least 16"),
         (["--model", "m", "--data", "d", "--hardware", "h1:8"], "h1"),
         (["--model", "m", "--data", "d", "mine"], "ends in .yaml"),
         (["--model", "m", "--data", "d", "old.yaml"], "old.yaml exists"),

@@ -94,3 +94,11 @@ def test_the_table_has_all_configs():
     rows = json.loads(command.list_configs(as_json=True))
     assert [row["name"] for row in rows] == [config.name for config in CONFIGS]
     assert rows[0]["hardware"] == "two CPU cores"
+
+
+def test_keys_of_tasks_and_of_mixing_have_comments():
+    text = "training:\n  mixing:\n    kind: papa\n    rate: 0.1\n"
+    text += "evaluation:\n  tasks:\n    - name: a\n      kind: gsm8k\n      max_new_tokens: 3\n"
+    annotated = comments.annotate(text)
+    assert "# how far members move" in annotated
+    assert "# largest number of tokens of an answer" in annotated

@@ -41,10 +41,11 @@ def _training(run: Run) -> Iterator[list[str]]:
             yield [key, str(state[key])]
     # only of a training that was fused
     if "fused_members" in state:
-        text = (
+        yield [
+            "exactness",
             f"{state['fused_members']} members at a time in one program (lora.fused): each equals"
-        )
-        yield ["exactness", f"{text} the member trained alone up to rounding, not bit for bit"]
+            " the member trained alone up to rounding, not bit for bit",
+        ]
     if "seconds" in state:
         yield ["wall time of training", f"{state['seconds']:.1f} s"]
 
