@@ -13,7 +13,7 @@ from jax_ordermerge.checkpoint import convert
 from jax_ordermerge.config import load_config
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.evaluate import decode, generation, harness
-from jax_ordermerge.experiment import losses, models, pipeline
+from jax_ordermerge.experiment import losses, models, pipeline, stack_models
 from jax_ordermerge.experiment.context import open_run
 from jax_ordermerge.experiment.run_config import read_config
 from jax_ordermerge.merge.methods.table import METHODS, Choice
@@ -106,6 +106,8 @@ def test_models_answer_together_as_they_do_alone(run, folder, tmp_path, monkeypa
         return original(model, population, *args, **settings)
 
     monkeypatch.setattr(decode, "generate_members", counted)
+    # all of them are small: with the limit as it is they would be one stack
+    monkeypatch.setattr(stack_models, "_SMALL_BYTES", 0)
     pipeline.run(config, through="evaluate", log=lambda line: None)
     # five models, two members: the last stands alone, but every group of devices takes part
     assert sizes == [2, 2, 1 if groups == 1 else 2]
