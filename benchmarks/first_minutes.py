@@ -276,9 +276,10 @@ def main() -> None:
 ## The first minutes, {dt.date.today()}, {os.cpu_count()} x {cpu} cpu, jax {jax.__version__}
 
 `python benchmarks/first_minutes.py --work WORK --before {arguments.before} --rounds \
-{arguments.rounds}{extra}`: `ordermerge run configs/quickstart.yaml`, before at {revision}; medians of the \
-rounds; load average {load:.2f} at the start. "cold" has an empty cache of the user, "second" is \
-the next run with another seed. A program is cached where it was read from the disk.
+{arguments.rounds}{extra}`: `ordermerge run configs/quickstart.yaml`, before at {revision}; \
+medians of the rounds; load average {load:.2f} at the start. "cold" has an empty cache of the \
+user, "second" is the next run with another seed. A program is cached where it was read from the \
+disk.
 
 {table(results)}
 """

@@ -1,7 +1,7 @@
 r"""What a quantized base of adapters saves, and what it costs in loss.
 
-    python benchmarks/quantized.py --base MODEL --train TRAIN.jsonl --test TEST.jsonl --out runs/quantized
-    python benchmarks/quantized.py --plan          # the table of docs/planning.md; --analytic: no compiler
+    python benchmarks/quantized.py --base MODEL --train TRAIN --test TEST --out runs/quantized
+    python benchmarks/quantized.py --plan    # the table of docs/planning.md; --analytic: no compiler
 
 1. Memory per device of the frozen base, with `mesh.fsdp` as given.
 2. Loss of the base on 32 test problems, nats per token.

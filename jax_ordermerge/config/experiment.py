@@ -198,8 +198,8 @@ def _training_conflicts(config: Config) -> Iterator[str]:
     if fused and config.training.optimizer_memory == "host":
         yield (
             "training.optimizer_memory = host moves the state of one member after another, and"
-            " lora.fused updates all at once; set training.optimizer_memory to device, or lora.fused to"
-            " false"
+            " lora.fused updates all at once; set training.optimizer_memory to device, or lora.fused"
+            " to false"
         )
     # The averages are in the state of the optimizer, and programs cannot compute with host arrays.
     averages_are_read = training.validates or config.samples.every is not None
