@@ -30,7 +30,11 @@ def run_toy(task, model, inputs):
     return TaskResult({"accuracy": share, "se": error, "n": len(items)}, items)
 
 
-TASK_KINDS.register(KIND, TaskKind(ToyTask, run_toy))
+@pytest.fixture(autouse=True)
+def registered():
+    TASK_KINDS.register(KIND, TaskKind(ToyTask, run_toy))
+    yield
+    TASK_KINDS.unregister(KIND)
 
 
 @pytest.fixture

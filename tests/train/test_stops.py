@@ -17,7 +17,7 @@ from jax_ordermerge.train import step as steps
 def diverging(at, place, bad=np.nan):
     """A step that is no model but reports a bad loss, by default one that is not finite."""
 
-    def compile_step(step, mesh, state, batch, frozen, options):
+    def compile_step(step, mesh, state, batch, frozen, options, *, fused):
         def fake(state, batch, frozen):
             sums = np.ones(batch["ids"].shape, np.float32)
             loss, counted = np.ones(2, np.float32), int(fake.calls)
