@@ -55,7 +55,9 @@ def test_memory_and_flops_are_those_of_the_program_that_a_run_executes(tmp_path,
     monkeypatch.setattr(
         steps,
         "compile_step",
-        lambda *arguments, **named: programs.append(compile_step(*arguments, **named)) or programs[-1],
+        lambda *arguments, **named: (
+            programs.append(compile_step(*arguments, **named)) or programs[-1]
+        ),
     )
     pipeline.run(load_config(file), through="train", log=lambda text: None)
     monkeypatch.undo()
