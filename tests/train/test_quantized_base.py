@@ -118,6 +118,14 @@ def test_a_training_is_that_on_the_dequantized_base(
     assert np.abs(trained.losses() - losses(tiny_base, "b")).max() > 1e-3
 
 
+def test_fused_members_train_on_the_same_base(trained, train, tmp_path):
+    fused = train(tmp_path, lora=LORA | {"fused": True})
+    assert any(
+        text.startswith("2 members at a time are one program") for text in fused.watch.messages
+    )
+    np.testing.assert_allclose(fused.losses(), trained.losses(), rtol=1e-5)
+
+
 def test_the_first_margins_of_dpo_are_zero(tiny_base, tiny_model):
     """Where the reference is the base that members start from, and not where it is the original."""
     random = np.random.default_rng(0)
