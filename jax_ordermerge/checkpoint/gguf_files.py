@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
-from jax_ordermerge import arch, user_cache
+from jax_ordermerge import arch, console, user_cache
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.checkpoint import (
     atomic,
@@ -79,7 +78,7 @@ def _read_directory(path: Path, size: int, modified: int) -> Path:
             _write_directory(path, directory)
     record = json.loads((directory / _RECORD).read_text())
     types = ", ".join(f"{count} in {name}" for name, count in record["types"].items())
-    print(f"note: {path.name} has {types}; read as {record['dtype']}", file=sys.stderr)
+    console.print_note(f"note: {path.name} has {types}; read as {record['dtype']}")
     return directory
 
 
@@ -113,7 +112,7 @@ def _write_directory(path: Path, directory: Path) -> None:
                 metadata, Path(tokenizer), config.max_position_embeddings, str(path)
             )
         else:
-            print(f"note: {path.name} has no tokenizer", file=sys.stderr)
+            console.print_note(f"note: {path.name} has no tokenizer")
         card = sidecar_files.model_card(path.stem, f"Read from `{path.name}`.", relation=None)
         safetensors.write(
             partial, read(), config=config, dtype=dtype, tokenizer_from=tokenizer, card=card

@@ -9,7 +9,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-from jax_ordermerge import program_cache
+from jax_ordermerge import console, program_cache
 from jax_ordermerge.cli import (  # noqa: F401  (they register their commands)
     first_steps,
     reference,
@@ -26,7 +26,7 @@ _PATIENCE = 5.0  # seconds that a failing process waits for its peers
 def _print_error(text: str) -> None:
     # a path in it may hold the end of a line
     line = text.replace("\n", "\\n")
-    print(f"error: {line}", file=sys.stderr)
+    console.print_error(f"error: {line}")
 
 
 def _check_arguments() -> None:
@@ -59,14 +59,14 @@ def main() -> NoReturn:
         _print_error(str(error))
         code, patience = 2, _PATIENCE
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        console.print_error(str(stopped))
         # no patience: all processes stopped at the same step, so none is waited for
         code = stopped.code
     except PeerLost as lost:
         _print_error(str(lost))
         code, patience = 1, 0.0  # there is no peer left to wait for
     except KeyboardInterrupt:
-        print("interrupted; the same command continues at the last checkpoint", file=sys.stderr)
+        console.print_error("interrupted; the same command continues at the last checkpoint")
         code, patience = 130, _PATIENCE
     except Exception as error:
         if (line := file_error(error)) is not None:

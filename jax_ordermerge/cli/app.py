@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
+from typer.models import OptionInfo
 
 from jax_ordermerge import __version__, console
 from jax_ordermerge.errors import UserError
 
 if TYPE_CHECKING:
     from jax_ordermerge.config import Config
+    from jax_ordermerge.layout import RunLayout
 
 
 # click joins the lines of a paragraph, unless it begins with this sign
@@ -33,14 +35,25 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # as wide as the terminal, so that examples stay on one line where there is space for them
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"ordermerge {__version__}")
+        console.print_result(f"ordermerge {__version__}")
         raise typer.Exit
+
+
+def _set_json(wanted: bool) -> bool:
+    console.set_json(wanted)
+    return wanted
+
+
+def _set_quiet(wanted: bool) -> bool:
+    console.set_quiet(wanted)
+    return wanted
 
 
 @app.callback()
@@ -50,7 +63,8 @@ def _options(
         Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
-    pass  # the option ends the program by itself
+    # the version ends the program by itself; commands without --json do not set it
+    console.set_json(False)
 
 
 RunArgument = Annotated[
@@ -68,14 +82,21 @@ Overrides = Annotated[
         help="Override a key, e.g. --set training.learning_rate=1e-5. May be repeated.",
     ),
 ]
-AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
+
+
+def json_option(text: str = "Print the result as JSON.") -> OptionInfo:
+    """Return the option `--json`, with what it does in a command of several modes."""
+    return Option("--json", help=text, callback=_set_json)
+
+
+AsJson = Annotated[bool, json_option()]
 Quiet = Annotated[
     bool,
     Option(
         "--quiet",
         "-q",
         help="Print results and errors alone: no messages, no progress.",
-        callback=console.set_quiet,
+        callback=_set_quiet,
     ),
 ]
 IgnoreKeys = Annotated[
@@ -132,6 +153,8 @@ def refuse_options(
         is_option = parameter.param_type_name == "option"
         is_read = name not in ignored if ignored else name in allowed
         source = context.get_parameter_source(name)
+        # every mode is quiet where that is asked for
+        is_read |= name == "quiet"
         # defaults and environment variables are not what the user asked for here
         if not is_option or is_read or source is None or source.name != "COMMANDLINE":
             continue
@@ -159,13 +182,12 @@ def split_keys(texts: list[str] | None) -> tuple[str, ...]:
     return tuple(key.strip() for text in texts or () for key in text.split(",") if key.strip())
 
 
-def log(message: str) -> None:
-    """Print a message, unless `--quiet` is given."""
-    if not console.is_quiet():
-        typer.echo(message)
-
-
-def run_through(stage: str, target: Path, overrides: list[str] | None) -> None:
+def run_through(
+    stage: str, target: Path, overrides: list[str] | None
+) -> tuple["Config", "RunLayout"]:
+    """Run the stages of a run up to one, and return its config and its directory."""
     from jax_ordermerge.experiment import pipeline
+    from jax_ordermerge.layout import RunLayout
 
-    pipeline.run(read_config(target, overrides), through=stage, log=log)
+    config = read_config(target, overrides)
+    return config, RunLayout(pipeline.run(config, through=stage, log=console.print_message))

@@ -7,13 +7,16 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from jax_ordermerge.cli.app import AsJson, app, refuse_options
+from jax_ordermerge import console
+from jax_ordermerge.cli.app import AsJson, Quiet, app, refuse_options
 from jax_ordermerge.errors import UserError
 
 
 @app.command()
-def configs(as_json: AsJson = False) -> None:
+def configs(as_json: AsJson = False, quiet: Quiet = False) -> None:
     """List the configs of the package: hardware, time, result.
+
+    Each runs by its name:
 
     ordermerge run quickstart
     """
@@ -23,7 +26,7 @@ def configs(as_json: AsJson = False) -> None:
     from jax_ordermerge.commands import configs as command
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    typer.echo(command.list_configs(as_json=as_json, width=width), nl=False)
+    console.print_result(command.list_configs(as_json=as_json, width=width), end="")
 
 
 @app.command()
@@ -49,7 +52,10 @@ def init(
         str | None,
         Option(help="v5p:4x4x2, h100:8, cpu:8; by default the devices of this machine."),
     ] = None,
-    members: Annotated[int, Option(min=1, help="Number of orders.")] = 4,
+    members: Annotated[
+        int, Option(min=1, help="Number of members, each in an order of its own.")
+    ] = 4,
+    quiet: Quiet = False,
 ) -> None:
     """Write a config to edit: a copy, or one for your data.
 
@@ -79,7 +85,7 @@ def init(
             raise UserError(f"{path}: expected a file to write that ends in .yaml")
         request = command.Request(model, data, test, hardware, members)
         summary = f": {command.write_config(request, path)}"
-    typer.echo(f"wrote {path}{summary}\nnext: ordermerge run {shlex.quote(str(path))}")
+    console.print_message(f"wrote {path}{summary}\nnext: ordermerge run {shlex.quote(str(path))}")
 
 
 def _write_shipped(names: list[str]) -> Path:

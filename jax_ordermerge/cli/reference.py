@@ -2,10 +2,10 @@
 
 from typing import Annotated
 
-import typer
 from typer import Argument
 
-from jax_ordermerge.cli.app import AsJson, app
+from jax_ordermerge import console
+from jax_ordermerge.cli.app import AsJson, Quiet, app
 
 
 @app.command()
@@ -15,6 +15,7 @@ def config(
         Argument(metavar="[KEY]", help="A key or section, e.g. training; all keys by default."),
     ] = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Explain config keys: type, unit, default, example.
 
@@ -26,4 +27,7 @@ def config(
     """
     from jax_ordermerge.config import reference
 
-    typer.echo(reference.describe_json(key) if as_json else reference.describe(key))
+    if as_json:
+        console.print_result(reference.describe_json(key), end="")
+    else:
+        console.print_result(reference.describe(key))

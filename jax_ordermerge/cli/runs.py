@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from jax_ordermerge import console
 from jax_ordermerge.cli.app import (
     AllowBin,
     AsJson,
@@ -17,7 +18,7 @@ from jax_ordermerge.cli.app import (
     Runs,
     app,
     check_outputs,
-    log,
+    json_option,
     read_config,
     refuse_options,
     run_through,
@@ -27,22 +28,19 @@ from jax_ordermerge.errors import UserError
 
 
 @app.command()
-def run(config: RunArgument, overrides: Overrides = None, quiet: Quiet = False) -> None:
+def run(
+    config: RunArgument,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
     """Run everything: train, merge, analyze, evaluate, report. Resume; skip what is complete.
 
     Start with: ordermerge run quickstart
     """
-    import jax
-
     from jax_ordermerge.commands import outcome
-    from jax_ordermerge.experiment import pipeline
-    from jax_ordermerge.layout import RunLayout
 
-    settings = read_config(config, overrides)
-    directory = pipeline.run(settings, log=log)
-    # of a run that is complete no process has been started
-    if settings.distributed.coordinator is None or jax.process_index() == 0:
-        typer.echo(f"\n{outcome.describe(settings, RunLayout(directory))}")
+    outcome.print_outcome(*run_through("report", config, overrides), as_json=as_json)
 
 
 @app.command()
@@ -58,6 +56,7 @@ def data(
     ] = None,
     as_json: AsJson = False,
     overrides: Overrides = None,
+    quiet: Quiet = False,
 ) -> None:
     """Show what would be trained on, with what is learned marked.
 
@@ -80,7 +79,7 @@ def data(
         text = command.describe_json(loaded, selection)
     else:
         text = command.describe(loaded, selection, preview.choose_marks(sys.stdout))
-    typer.echo(text, nl=False)
+    console.print_result(text, end="")
     # last: what a run refuses can be looked at
     command.check(loaded)
 
@@ -102,12 +101,19 @@ def plan(
         str | None,
         Option(help="config.json, directory or a name: llama-2-7b; by default that of model.base."),
     ] = None,
-    examples: Annotated[int | None, Option(min=1, help="Number of training examples.")] = None,
-    test_examples: Annotated[int | None, Option(min=1, help="Number of test examples.")] = None,
-    analytic: Annotated[bool, Option("--analytic", help="Do not compile; use formulas.")] = False,
+    examples: Annotated[
+        int | None, Option(min=1, help="Number of training examples; those of the data by default.")
+    ] = None,
+    test_examples: Annotated[
+        int | None, Option(min=1, help="Number of test examples; those of the data by default.")
+    ] = None,
+    analytic: Annotated[
+        bool, Option("--analytic", help="Do not compile: estimate by formulas alone.")
+    ] = False,
     search: Annotated[bool, Option(help="Search for better settings.")] = True,
     as_json: AsJson = False,
     overrides: Overrides = None,
+    quiet: Quiet = False,
 ) -> None:
     """Estimate memory and time on hardware that need not be here.
 
@@ -129,10 +135,9 @@ def plan(
         analytic_only=analytic,
         find_better=search,
         as_json=as_json,
-        # the plan on stdout may be JSON for a program
-        log=lambda message: typer.echo(message, err=True),
+        log=console.print_note,
     )
-    typer.echo(text, nl=False)
+    console.print_result(text, end="")
 
 
 @app.command()
@@ -141,20 +146,28 @@ def train(
     config: RunArgument,
     overrides: Overrides = None,
     *,
-    steps: Annotated[int | None, Option(help="Only measure so many first steps.")] = None,
-    profile: Annotated[Path | None, Option(help="Trace directory, with --steps.")] = None,
+    steps: Annotated[
+        int | None, Option(help="Time so many first steps in place of the training; keep nothing.")
+    ] = None,
+    profile: Annotated[Path | None, Option(help="With --steps: directory of a trace.")] = None,
+    as_json: Annotated[bool, json_option("With --steps: print the timing as JSON.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune the members, each in its own order. Resume from the last checkpoint."""
     if steps is None:
         # `--profile` alone would train without a trace.
-        refuse_options(context, "it goes with --steps, as in --steps 20", ["overrides", "quiet"])
+        refuse_options(context, "it goes with --steps, as in --steps 20", ["overrides"])
         run_through("train", config, overrides)
         return
     from jax_ordermerge.experiment import pipeline
 
     check_outputs(profile)
-    pipeline.benchmark(read_config(config, overrides), steps=steps, profile=profile, log=typer.echo)
+    settings = read_config(config, overrides)
+    timing = pipeline.benchmark(settings, steps=steps, profile=profile, log=console.print_message)
+    if as_json:
+        console.print_json(timing.to_json())
+    else:
+        console.print_result(str(timing))
 
 
 @app.command()
@@ -179,14 +192,25 @@ def evaluate(
     harness: Annotated[
         str | None, Option(metavar="TASK,...", help="With MODEL: tasks of lm-evaluation-harness.")
     ] = None,
-    harness_include: Annotated[Path | None, Option(help="With --harness: YAML tasks.")] = None,
-    quiet: Quiet = False,
-    shots: Annotated[int | None, Option(min=0, help="With --harness: shots per item.")] = None,
-    limit: Annotated[int | None, Option(min=1, help="With MODEL: items per task.")] = None,
+    harness_include: Annotated[
+        Path | None, Option(help="With --harness: directory of further tasks in YAML.")
+    ] = None,
+    shots: Annotated[
+        int | None,
+        Option(
+            min=0, help="With --harness: solved examples per item; those of the task by default."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        Option(min=1, help="With MODEL: use the first so many items of each task; all by default."),
+    ] = None,
     chat: Annotated[bool, Option("--chat", help="With --harness: use the chat template.")] = False,
     out: Annotated[Path | None, Option(help="With MODEL: directory of results and items.")] = None,
     ignore_config_keys: IgnoreKeys = None,
     allow_bin: AllowBin = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Evaluate a run on held-out data and tasks, or one model.
 
@@ -209,23 +233,32 @@ def evaluate(
     )
     check_outputs(out)
     if not command.is_model(path):
-        run_through("evaluate", path, overrides)
+        run = run_through("evaluate", path, overrides)
+        if as_json:
+            from jax_ordermerge.commands import outcome
+
+            outcome.print_outcome(*run, as_json=True)
         return
     settings = command.model_config(target, config, overrides or (), ignore)
+    log, show = console.print_message, None if as_json else console.print_result
     if harness is None:
-        command.evaluate_tasks(settings, out, typer.echo, limit, allow_bin=allow_bin)
-    else:
-        command.evaluate_harness(
-            settings, harness, out, typer.echo, harness_options, allow_bin=allow_bin
+        results = command.evaluate_tasks(
+            settings, out, log, limit, allow_bin=allow_bin, on_result=show
         )
+    else:
+        results = command.evaluate_harness(
+            settings, harness, out, log, harness_options, allow_bin=allow_bin, on_result=show
+        )
+    if as_json:
+        console.print_json(results)
 
 
 @app.command()
-def report(config: RunArgument, overrides: Overrides = None) -> None:
+def report(config: RunArgument, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Write report.html and report.md from complete stages."""
     from jax_ordermerge.experiment import pipeline
 
-    typer.echo(f"wrote {pipeline.write_report(read_config(config, overrides))}")
+    console.print_message(f"wrote {pipeline.write_report(read_config(config, overrides))}")
 
 
 @app.command()
@@ -233,6 +266,7 @@ def compare(
     runs: Runs,
     *,
     out: Annotated[Path, Option(help="Directory of the pages.")] = Path("comparison"),
+    quiet: Quiet = False,
 ) -> None:
     """Compare runs: settings, imbalance, members and merges."""
     from jax_ordermerge.checkpoint import remote
@@ -244,7 +278,7 @@ def compare(
     # pages and pictures, which appear together
     with remote.new_directory(out) as directory:
         page = comparison.write([remote.fetch(path) for path in runs], directory)
-    typer.echo(f"wrote {remote.address(out) or out}/{page.name}")
+    console.print_message(f"wrote {remote.address(out) or out}/{page.name}")
 
 
 @app.command()
@@ -256,6 +290,7 @@ def results(
         Path | None,
         Option(help="YAML of hypotheses about these runs, written down before them."),
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write one page about several runs, and test hypotheses.
 
@@ -267,20 +302,28 @@ def results(
     from jax_ordermerge.report import results
 
     check_outputs(out, are_files=True)
-    typer.echo(f"wrote {results.write(runs, out, hypotheses)}")
+    console.print_message(f"wrote {results.write(runs, out, hypotheses)}")
 
 
 @app.command()
 def search(
     config: RunArgument,
     *,
-    space: Annotated[Path | None, Option(help="YAML, in place of merge.auto.")] = None,
-    budget: Annotated[
-        int | None, Option(help="Largest number of candidates besides base, members and average.")
+    space: Annotated[
+        Path | None, Option(help="YAML of what is tried; by default merge.auto.")
     ] = None,
-    sampler: Annotated[str | None, Option(help="grid, random, tpe or cma-es.")] = None,
+    budget: Annotated[
+        int | None,
+        Option(
+            help="Largest number of candidates besides base, members and average; by default that"
+            " of the space."
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None, Option(help="grid, random, tpe or cma-es; by default that of the space.")
+    ] = None,
     measure: Annotated[
-        list[str] | None, Option(help="loss or a task, what is minimized; repeat for several.")
+        list[str] | None, Option(help="What is minimized: loss, or a task. May be repeated.")
     ] = None,
     validation: Annotated[
         Path | None, Option(help="Examples to choose on; by default data.validation_examples.")
@@ -289,6 +332,7 @@ def search(
     out: Annotated[Path | None, Option(help="Directory of results; RUN/search by default.")] = None,
     export: Annotated[bool, Option(help="Write the winner as an HF directory.")] = True,
     overrides: Overrides = None,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Choose the merge to ship among many, on validation examples.
@@ -301,7 +345,7 @@ def search(
     from jax_ordermerge.commands import serving
     from jax_ordermerge.config import read_search
     from jax_ordermerge.experiment import pipeline
-    from jax_ordermerge.layout import SearchLayout
+    from jax_ordermerge.layout import SearchLayout, read_json
 
     check_outputs(out)
     resolved = read_config(config, overrides)
@@ -314,11 +358,14 @@ def search(
         out=out,
         validation=validation,
         export=export,
-        log=log,
+        log=console.print_message,
     )
-    typer.echo(f"wrote {page}")
+    layout = SearchLayout(page.parent)
+    if as_json:
+        console.print_json(read_json(layout.results))
+    console.print_message(f"wrote {page}")
     if export:
-        serving.print_commands(SearchLayout(page.parent).winner)
+        serving.print_commands(layout.winner)
 
 
 @app.command()
@@ -331,6 +378,8 @@ def doctor(
     *,
     only_versions: Annotated[bool, Option("--versions", help="Check versions only.")] = False,
     overrides: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check whether this machine is fit for a run. Exit code 1 where the run would fail.
 
@@ -342,11 +391,11 @@ def doctor(
         mode = (
             "with --versions only versions are checked" if only_versions else "no config is given"
         )
-        refuse_options(context, mode, ["only_versions"])
+        refuse_options(context, mode, ["only_versions", "as_json"])
     if config and only_versions:
         raise UserError(f"{config} would be ignored: with --versions only versions are checked")
     settings = read_config(config, overrides) if config else None
-    if not doctor.diagnose(settings, only_versions=only_versions, log=typer.echo):
+    if not doctor.diagnose(settings, only_versions=only_versions, as_json=as_json):
         # what would fail is printed already
         raise typer.Exit(1)
 
@@ -362,9 +411,13 @@ def launch(
     *,
     target: Annotated[str, Option(help="tpu-vm, gke, slurm, ssh or skypilot.")],
     out: Annotated[Path | None, Option(help="File to write; printed by default.")] = None,
-    submit: Annotated[bool, Option("--submit", help="Run it: sbatch, kubectl, bash.")] = False,
-    list_options: Annotated[bool, Option("--options", help="List the options.")] = False,
+    submit: Annotated[bool, Option("--submit", help="Run it, by sbatch, kubectl or bash.")] = False,
+    list_options: Annotated[
+        bool, Option("--options", help="List the options of the target.")
+    ] = False,
     overrides: Overrides = None,
+    as_json: Annotated[bool, json_option("With --options: print them as JSON.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the script that runs an experiment on TPUs or GPUs.
 
@@ -375,18 +428,23 @@ def launch(
     from jax_ordermerge.launch import render
 
     if list_options:
-        refuse_options(context, "--options only lists", ["list_options", "target"])
+        refuse_options(context, "--options only lists", ["list_options", "target", "as_json"])
         # OPTION=VALUE are arguments, and `refuse_options` looks at options alone
         if options:
             raise UserError(f"{options[0]} would be ignored: --options only lists; leave it out")
-        for name, default, meaning in render.describe(target):
-            typer.echo(f"{name:16} {default:12} {meaning}".rstrip())
+        listed = render.describe(target)
+        if as_json:
+            console.print_json([option._asdict() for option in listed])
+            return
+        for name, default, meaning in listed:
+            console.print_result(f"{name:16} {default:12} {meaning}".rstrip())
         return
+    refuse_options(context, "a script is no JSON; it goes with --options", ignored=["as_json"])
     from jax_ordermerge.commands import launch as command
 
     text = command.render_script(read_config(config, overrides), target, options or ())
     if not (out or submit):
-        typer.echo(text, nl=False)
+        console.print_result(text, end="")
     # The exit code of sbatch or kubectl, so that a script around this command can stop.
-    elif code := command.deliver(text, target, out, submit=submit, log=typer.echo):
+    elif code := command.deliver(text, target, out, submit=submit, log=console.print_message):
         raise typer.Exit(code)

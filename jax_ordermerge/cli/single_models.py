@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from jax_ordermerge import console
 from jax_ordermerge.cli.app import (
     AllowBin,
     AsJson,
@@ -16,6 +17,7 @@ from jax_ordermerge.cli.app import (
     Quiet,
     app,
     check_outputs,
+    json_option,
     refuse_options,
     run_through,
     split_keys,
@@ -36,12 +38,20 @@ def merge(
     *,
     out: Annotated[Path | None, Option(help="Directory to write. It must not exist.")] = None,
     base: Annotated[str | None, Option(help="With MODEL...: their base model.")] = None,
-    method: Annotated[str | None, Option(help="Merge method; average by default.")] = None,
+    method: Annotated[
+        str | None, Option(help="With MODEL...: merge method; average by default.")
+    ] = None,
     parameters: Annotated[
         list[str] | None,
-        Option("--param", metavar="KEY=VALUE", help="As in resample=exhaustive. May be repeated."),
+        Option(
+            "--param",
+            metavar="KEY=VALUE",
+            help="Parameter of the method, as in resample=exhaustive. May be repeated.",
+        ),
     ] = None,
-    weights: Annotated[str | None, Option(help="One per model, separated by commas.")] = None,
+    weights: Annotated[
+        str | None, Option(help="One number per model, separated by commas; equal by default.")
+    ] = None,
     seed: Annotated[int, Option(help="Seed of the random methods.")] = 0,
     dtype: Annotated[
         str | None, Option(help="float32, bfloat16 or float16; that of the models by default.")
@@ -56,6 +66,7 @@ def merge(
     ignore_config_keys: IgnoreKeys = None,
     allow_bin: AllowBin = False,
     overrides: Overrides = None,
+    as_json: Annotated[bool, json_option("With --dry-run: print the plan as JSON.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge the members of a run, or checkpoints of one architecture.
@@ -84,7 +95,12 @@ def merge(
         command.merge_models, to=to, workers=workers, shard_bytes=shard_bytes, allow_nan=allow_nan
     )
     if dry_run:
-        target, write = None, functools.partial(command.print_plan, workers=workers)
+        target, write = (
+            None,
+            functools.partial(command.print_plan, workers=workers, as_json=as_json),
+        )
+    else:
+        refuse_options(context, "it goes with --dry-run", ignored=["as_json"])
     ignore = split_keys(ignore_config_keys)
     if kind == "recipe":
         command.merge_recipe(paths[0], target, write, ignore, allow_bin=allow_bin)
@@ -110,6 +126,7 @@ def inspect(
     as_json: AsJson = False,
     ignore_config_keys: IgnoreKeys = None,
     allow_bin: AllowBin = False,
+    quiet: Quiet = False,
 ) -> None:
     """Print the table of a checkpoint's tensors. MODEL may also be a safetensors file."""
     from jax_ordermerge.commands import inspect as command
@@ -118,17 +135,18 @@ def inspect(
     text = command.inspect_model(
         model, stats=stats, as_json=as_json, ignore=ignore, allow_bin=allow_bin
     )
-    typer.echo(text, nl=False)
+    console.print_result(text, end="")
 
 
 @app.command()
 def diff(
-    a: Annotated[str, Argument(metavar="A", help="Any name that merge takes.")],
-    b: Annotated[str, Argument(metavar="B", help="Likewise.")],
+    a: Annotated[str, Argument(metavar="A", help="A model by any name that merge takes.")],
+    b: Annotated[str, Argument(metavar="B", help="The model that it is compared with.")],
     base: Annotated[str | None, Option(help="Compare task vectors from it, too.")] = None,
     as_json: AsJson = False,
     ignore_config_keys: IgnoreKeys = None,
     allow_bin: AllowBin = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor. Exit code 0 if all bytes are equal, else 1."""
     from jax_ordermerge.commands import inspect as command
@@ -137,7 +155,7 @@ def diff(
     text, equal = command.compare_models(
         a, b, base=base, as_json=as_json, ignore=ignore, allow_bin=allow_bin
     )
-    typer.echo(text, nl=False)
+    console.print_result(text, end="")
     raise typer.Exit(0 if equal else 1)  # as diff(1) does, for scripts
 
 
@@ -145,14 +163,22 @@ def diff(
 def convert(
     source: Annotated[
         str,
-        Argument(help="A model by any name that merge takes; or a run, with --member."),
+        Argument(
+            metavar="SOURCE", help="A model by any name that merge takes; or a run, with --member."
+        ),
     ],
-    out: Annotated[Path, Argument(help="Directory or GGUF file to write. It must not exist.")],
+    out: Annotated[
+        Path,
+        Argument(metavar="OUT", help="Directory or GGUF file to write. It must not exist."),
+    ],
     *,
     to: Annotated[str, Option(help="hf, orbax, peft (an adapter), or gguf.")] = "hf",
     member: Annotated[int | None, Option(help="Number of a member of a run, from 0.")] = None,
     dtype: Annotated[
-        str | None, Option(help="That of the source by default; of gguf also q8_0.")
+        str | None,
+        Option(
+            help="float32, bfloat16 or float16, of gguf also q8_0; that of the source by default."
+        ),
     ] = None,
     ignore_config_keys: IgnoreKeys = None,
     allow_bin: AllowBin = False,
@@ -162,6 +188,7 @@ def convert(
     rank: Annotated[
         int | None, Option(help="Rank of an adapter of any model, nearest to its change.")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write a model in another format: HF, Orbax, PEFT or GGUF.
 
@@ -190,7 +217,7 @@ def convert(
         base=base,
         rank=rank,
     )
-    typer.echo(f"wrote {remote.address(out) or out}")
+    console.print_message(f"wrote {remote.address(out) or out}")
     # the servers whose commands are printed read these formats, and from a disk
     if to in ("hf", "gguf") and remote.address(out) is None:
         serving.print_commands(out)
@@ -214,10 +241,12 @@ def push(
         bool, Option("--update", help="Commit to a repository that exists; replace its weights.")
     ] = False,
     revision: Annotated[str, Option(help="Branch to commit to; it may be new.")] = "main",
-    message: Annotated[str, Option(help="Of the commit.")] = "Upload by ordermerge push",
+    message: Annotated[str, Option(help="Message of the commit.")] = "Upload by ordermerge push",
     dry_run: Annotated[
         bool, Option("--dry-run", help="Print files, sizes and card; needs no network.")
     ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Upload an exported model to the Hugging Face hub.
 
@@ -234,12 +263,18 @@ def push(
     upload = command.prepare(source)
     if dry_run:
         command.print_dry_run(
-            upload, repo_id, private=private, update=update, revision=revision, message=message
+            upload,
+            repo_id,
+            private=private,
+            update=update,
+            revision=revision,
+            message=message,
+            as_json=as_json,
         )
         return
     # on stderr: a script reads the address of the commit, and nothing else, from stdout
     for line in command.describe(upload):
-        typer.echo(line, err=True)
+        console.print_note(line)
     url = command.push(
         upload,
         repo_id,
@@ -247,9 +282,12 @@ def push(
         update=update,
         revision=revision,
         message=message,
-        log=lambda line: typer.echo(line, err=True),
+        log=console.print_note,
     )
-    typer.echo(url)
+    if as_json:
+        console.print_json({"url": url})
+    else:
+        console.print_result(url)
 
 
 @app.command()
@@ -265,7 +303,8 @@ def generate(
         list[str] | None, Option(help="A completion ends before this text. May be repeated.")
     ] = None,
     json_lines: Annotated[
-        bool, Option("--json", help="Print the rows with their completion as JSON Lines.")
+        bool,
+        Option("--json", help="Print the prompts with their completions as JSON Lines."),
     ] = False,
     raw: Annotated[
         bool, Option("--raw", help="Continue the prompt as text, without the chat template.")
@@ -276,17 +315,24 @@ def generate(
         Option(
             "--variable",
             metavar="KEY=VALUE",
-            help="Of the chat template, e.g. enable_thinking=false. May be repeated.",
+            help="Variable of the chat template, e.g. enable_thinking=false. May be repeated.",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, Option(help="Largest number of tokens to write.")] = 128,
+    max_new_tokens: Annotated[int, Option(help="Largest number of tokens of a completion.")] = 128,
     dtype: Annotated[str, Option(help="Compute dtype, float32 or bfloat16.")] = "float32",
-    temperature: Annotated[float, Option(help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int | None, Option(help="Draw among so many likely tokens.")] = None,
-    top_p: Annotated[float | None, Option(help="Draw within this probability.")] = None,
+    temperature: Annotated[
+        float, Option(help="0 takes the most likely token; above 0 tokens are drawn.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, Option(help="Draw among so many most likely tokens; all by default.")
+    ] = None,
+    top_p: Annotated[
+        float | None, Option(help="Draw among the most likely tokens of this sum; all by default.")
+    ] = None,
     seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
     ignore_config_keys: IgnoreKeys = None,
     allow_bin: AllowBin = False,
+    quiet: Quiet = False,
 ) -> None:
     """Answer prompts with a model, greedily or drawn.
 
@@ -319,24 +365,28 @@ def generate(
         allow_bin=allow_bin,
         asking=asking,
         # stdout is the answers alone
-        log=lambda message: typer.echo(message, err=True),
+        log=console.print_note,
     )
     for row in command.complete_rows(rows, texts, stops):
-        typer.echo(
+        console.print_result(
             json.dumps(row, ensure_ascii=False, default=str) if json_lines else row["completion"]
         )
 
 
 @app.command()
 def judge(
-    ours: Annotated[Path, Argument(help="JSON of AlpacaEval: instruction and output.")],
-    theirs: Annotated[Path, Argument(help="The same of the other model.")],
+    ours: Annotated[
+        Path, Argument(metavar="OURS", help="JSON of AlpacaEval: instruction and output.")
+    ],
+    theirs: Annotated[Path, Argument(metavar="THEIRS", help="The same of the other model.")],
     *,
     endpoint: Annotated[str, Option(help="OpenAI-compatible address: http://HOST/v1.")],
-    model: Annotated[str, Option(help="Name of the judge there.")],
-    key_variable: Annotated[str, Option(help="Variable of its API key.")] = "OPENAI_API_KEY",
+    model: Annotated[str, Option(help="Name of the judge at the endpoint.")],
+    key_variable: Annotated[
+        str, Option(help="Environment variable of its API key.")
+    ] = "OPENAI_API_KEY",
     max_tokens: Annotated[int, Option(min=1, help="Largest number of tokens of a reply.")] = 1024,
-    temperature: Annotated[float, Option(min=0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, Option(min=0, help="Of a reply; 0 is greedy.")] = 0.0,
     request: Annotated[
         str, Option(metavar="JSON", help="Further fields of a request; null leaves one out.")
     ] = "{}",
@@ -345,6 +395,8 @@ def judge(
     replies: Annotated[
         Path | None, Option(help="JSON Lines of the replies. By default beside --out, or OURS.")
     ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Let a judge choose between the outputs of two models.
 
@@ -359,4 +411,10 @@ def judge(
     options = command.JudgeOptions(
         endpoint, model, key_variable, max_tokens, temperature, request, workers
     )
-    typer.echo(command.judge_files(ours, theirs, options, out=out, replies=replies, log=typer.echo))
+    summary = command.judge_files(
+        ours, theirs, options, out=out, replies=replies, log=console.print_message
+    )
+    if as_json:
+        console.print_json(summary)
+    else:
+        console.print_result(command.describe(summary))

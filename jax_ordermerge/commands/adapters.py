@@ -1,15 +1,11 @@
 """PEFT adapters: of a member, of a merge of adapters, and of any model on its base."""
 
 import dataclasses
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import rich.console
-import rich.progress
-
-from jax_ordermerge import arch
+from jax_ordermerge import arch, console
 from jax_ordermerge.checkpoint import convert, remote, sidecar_files
 from jax_ordermerge.data.prompt_card import prompt_section
 from jax_ordermerge.data.prompt_format import PromptFormat
@@ -77,7 +73,7 @@ def _base_name(base: str) -> str:
     if name.kind == "hub":
         return name.text  # also of a directory in the cache of the hub
     path = str(convert.resolve(base).absolute())  # PEFT loads it from any working directory
-    print(
+    console.print_message(
         f"note: {peft_files.CONFIG} names the base by its directory here, {path}; to publish"
         " the adapter, give base_model_name_or_path the name of the base on the hub"
     )
@@ -208,7 +204,7 @@ def _open_recipe(source: str, ignore: Collection[str], allow_bin: bool) -> _Merg
     """Open the models of a recipe, with how each tensor is merged."""
     merge_plan = planner.plan_recipe(remote.fetch(source), ignore=ignore, allow_bin=allow_bin)
     for note in merge_plan.notes:
-        print(f"note: {note}", file=sys.stderr)
+        console.print_note(f"note: {note}")
     config = merge_plan.config
     if isinstance(config, arch.UnlistedConfig):
         raise UserError(
@@ -325,10 +321,11 @@ def export_low_rank(
     """
     plan.check_same(base, model)
     specs = arch.tensor_table(model.config)
-    result = low_rank.approximate(model, base, rank, dtype or "float32", _with_progress(specs))
+    tracked = console.track(specs, len(specs), "decompose", "tensors")
+    result = low_rank.approximate(model, base, rank, dtype or "float32", tracked)
     _note_rank(rank)
     for line in _describe(result):
-        print(line)
+        console.print_message(line)
     text = (
         f"The change of `{public_names.short_names([source])[source]}` from its base, as an adapter"
         f" of rank {rank}.\n\n{_error_table(result)}\n\n"
@@ -344,14 +341,6 @@ def export_low_rank(
         tokenizer_from=model.directory,
         prompt_format=model.prompt_format,
         card=_card(out, text, base_name),
-    )
-
-
-def _with_progress(specs: Sequence[arch.TensorSpec]) -> Iterator[arch.TensorSpec]:
-    # on stderr, so that stdout can be piped; silent where it is no terminal
-    console = rich.console.Console(stderr=True)
-    yield from rich.progress.track(
-        specs, "decomposing", console=console, disable=not sys.stderr.isatty()
     )
 
 
@@ -402,4 +391,4 @@ def _note_rank(rank: int) -> None:
     if rank not in VLLM_RANKS:
         larger = next((x for x in VLLM_RANKS if x > rank), None)
         hint = f"start it with --max-lora-rank {larger}" if larger else "it takes at most 512"
-        print(f"note: rank {rank} is not a --max-lora-rank of vLLM; {hint}")
+        console.print_message(f"note: rank {rank} is not a --max-lora-rank of vLLM; {hint}")

@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+from jax_ordermerge import console
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.commands import tables
 from jax_ordermerge.config import comments, shipped
@@ -22,7 +23,7 @@ def list_configs(*, as_json: bool, width: int | None = None) -> str:
     configs = shipped.list_configs()
     if as_json:
         rows = [config._asdict() | {"path": str(config.path)} for config in configs]
-        return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+        return console.to_json(rows)
     runs = [config for config in configs if config.hardware]
     tasks = [config for config in configs if not config.hardware]
     experiments = tables.text_table(

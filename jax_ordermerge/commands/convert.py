@@ -1,13 +1,12 @@
 """Conversion of checkpoints: Hugging Face directories, Orbax checkpoints, and members of a run."""
 
 import functools
-import sys
 from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
-from jax_ordermerge import arch
+from jax_ordermerge import arch, console
 from jax_ordermerge.checkpoint import (
     atomic,
     convert,
@@ -108,7 +107,7 @@ def convert_checkpoint(
             # of a member that of the export, so that the bytes are those of the exported member
             dtype = model.export_dtype or storage.stored_dtype(model, "--dtype")
         if model.directory is None or not sidecar_files.has_tokenizer(model.directory):
-            print(f"note: {source} has no tokenizer files, so {out} has none")
+            console.print_message(f"note: {source} has no tokenizer files, so {out} has none")
         if to == "hf":
             _write_hf(model, target, dtype, _card(source, run, model, dtype))
         else:
@@ -198,7 +197,7 @@ def _write_gguf(model: Source, out: Path, dtype: str | None) -> None:
         name=out.stem,
     )
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        console.print_note(f"note: {note}")
 
 
 def _write_orbax(model: Source, target: Path, dtype: str) -> None:

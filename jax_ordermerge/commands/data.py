@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from jax_ordermerge import console
 from jax_ordermerge.checkpoint.resolve import resolve
 from jax_ordermerge.config import Config, check_inputs
 from jax_ordermerge.data import dates, preview, source, tokenizers
@@ -132,7 +132,7 @@ def describe_json(loaded: Loaded, selection: Selection) -> str:
     if selection.member is not None:
         steps = _first_steps(loaded, selection.member)
         described["order"] = [loaded.splits["train"].ids[rows].tolist() for rows in steps]
-    return json.dumps(described, indent=1) + "\n"
+    return console.to_json(described)
 
 
 def _choose(loaded: Loaded, selection: Selection) -> list[tuple[str, int]]:

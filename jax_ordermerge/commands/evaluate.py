@@ -149,15 +149,17 @@ def evaluate_tasks(
     limit: int | None = None,
     *,
     allow_bin: bool = False,
+    on_result: Log | None = print,
 ) -> Json:
     """Evaluate the model `model.base` on the tasks of the config.
 
     Args:
         config: see `model_config`.
         out: directory for `results.json` and a file of items per task; answers for a judge need it.
-        log: receives one line per task.
+        log: receives messages: an item of each task as the model is asked.
         limit: of the items of each task, where its own is not lower.
         allow_bin: read `.bin` files of PyTorch where there are no safetensors.
+        on_result: receives one line per task, if any.
 
     Returns:
         the content of `results.json`: `model`, `dtype`, `limit` where there is one, and under
@@ -198,7 +200,8 @@ def evaluate_tasks(
         summaries[task.name], items = result.summary, result.items
         if result.example is not None:
             log(harness.format_example(result.example, model, task.name))
-        log(f"{task.name}: {format_summary(summaries[task.name])}")
+        if on_result is not None:
+            on_result(f"{task.name}: {format_summary(summaries[task.name])}")
         # per task, so that an interrupted evaluation leaves the items of the tasks before
         if out is not None:
             if task.kind in judged:
@@ -219,6 +222,7 @@ def evaluate_harness(
     options: HarnessOptions,
     *,
     allow_bin: bool = False,
+    on_result: Log | None = print,
 ) -> Json:
     """Evaluate the model `model.base` on tasks of lm-evaluation-harness.
 
@@ -226,9 +230,13 @@ def evaluate_harness(
         config: see `model_config`.
         tasks: names of tasks or groups, separated by commas.
         out: directory for `results.json` and the items of each task.
-        log: receives the table of results.
+        log: receives messages.
         options: of the harness.
         allow_bin: read `.bin` files of PyTorch where there are no safetensors.
+        on_result: receives the table of results, if any.
+
+    Returns:
+        the content of `results.json`.
 
     Raises:
         UserError: lm-evaluation-harness is not installed, or refuses a task.
@@ -242,16 +250,18 @@ def evaluate_harness(
         results, table = adapter.run(model, names, seed=config.seed, **options._asdict())
     except NotFiniteError as error:
         raise error.named(model=model.name) from error
+    # items are large: they have files of their own, and results.json stays readable
+    samples = results.pop("samples")
+    results = {"model": config.model.base, "dtype": config.model.compute_dtype, **results}
     if out is not None:
-        # items are large: they have files of their own, and results.json stays readable
-        for name, items in results.pop("samples").items():
+        for name, items in samples.items():
             # names of the harness are free, and may hold a slash
             stem = name.replace("/", "_")
             stem += "_items" if stem.casefold() == RESULTS else ""
             write_json(out / f"{stem}.json", items)
-        origin = {"model": config.model.base, "dtype": config.model.compute_dtype}
-        write_json(out / f"{RESULTS}.json", {**origin, **results})
-    log(table)
+        write_json(out / f"{RESULTS}.json", results)
+    if on_result is not None:
+        on_result(table)
     return results
 
 

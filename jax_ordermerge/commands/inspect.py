@@ -1,13 +1,11 @@
 """Tables of one checkpoint, and of the differences between two."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
-from jax_ordermerge import arch
+from jax_ordermerge import arch, console
 from jax_ordermerge.checkpoint import compare, convert, gguf_files, remote, safetensors, torch_files
 from jax_ordermerge.commands import tables
-from jax_ordermerge.json_types import Json
 from jax_ordermerge.merge.sources import peft_files, references
 from jax_ordermerge.merge.sources.storage import Source
 from jax_ordermerge.record import refuse_model_of_edited_run
@@ -25,7 +23,7 @@ def inspect_model(
     inventory = compare.inspect(_open(model, ignore, allow_bin), stats=stats)
     if as_json:
         # the exact numbers; the table rounds them
-        return _json_text(tables.inspect_json(inventory))
+        return console.to_json(tables.inspect_json(inventory))
     return tables.to_text(tables.inspect_table(inventory))
 
 
@@ -58,7 +56,7 @@ def compare_models(
     }
     difference = compare.difference(*(opened[name] for name in names))
     if as_json:
-        text = _json_text(tables.difference_json(difference))
+        text = console.to_json(tables.difference_json(difference))
     else:
         text = tables.to_text(tables.difference_table(difference))
     return text, difference.equal
@@ -90,7 +88,3 @@ def _open(name: str, ignore: Collection[str], allow_bin: bool) -> safetensors.Te
         return _Model(references.open_model(name, ignore=ignore, allow_bin=allow_bin))
     directory = convert.resolve(name, allow_bin=allow_bin)
     return torch_files.open_tensors(directory, allow_bin=allow_bin)
-
-
-def _json_text(value: Json) -> str:
-    return json.dumps(value, indent=1) + "\n"

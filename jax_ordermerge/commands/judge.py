@@ -43,8 +43,8 @@ def judge_files(
     out: Path | None,
     replies: Path | None,
     log: Log,
-) -> str:
-    """Judge two files of outputs and return the result in one sentence.
+) -> Json:
+    """Judge two files of outputs and return the summary of `evaluate.judge.compare`.
 
     Args:
         ours, theirs: see `evaluate.judge.read`.
@@ -62,9 +62,18 @@ def judge_files(
         temperature=options.temperature,
         request=_request_fields(options.request),
     )
-    summary = judge.compare_files(
+    return judge.compare_files(
         server, ours, theirs, out, replies=replies, workers=options.workers, log=log
     )
+
+
+def describe(summary: Json) -> str:
+    """Return a summary of `judge_files` in one sentence.
+
+    Example:
+        >>> describe({"win_rate": 0.5, "se": 0.25, "n": 4, "turned": 1, "unread": 0})
+        'preferred in 50.0 % ± 25.0 of 4 instructions; 1 verdicts turned with the order'
+    """
     unread = summary["unread"]
     return (
         f"preferred in {percent_and_error(summary['win_rate'], summary['se'], '±')} of"

@@ -4,17 +4,16 @@ import functools
 import io
 import math
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, cast
 
-import rich.console
-import rich.progress
-import rich.table
+from rich.console import Console
+from rich.table import Table
 
+from jax_ordermerge import console
 from jax_ordermerge.arch import UnlistedConfig
 from jax_ordermerge.checkpoint import atomic, convert, remote
 from jax_ordermerge.commands import serving
@@ -44,6 +43,7 @@ _WRITING = (
     "workers",
     "shard_gb",
     "dry_run",
+    "as_json",
     "ignore_config_keys",
     "allow_nan",
     "allow_bin",
@@ -52,7 +52,7 @@ _WRITING = (
 MODES: dict[Kind, tuple[str, tuple[str, ...]]] = {
     "run": (
         "the config of the run says how its members are merged, see --set",
-        ("overrides", "quiet"),
+        ("overrides",),
     ),
     "recipe": ("the recipe says how its models are merged", _WRITING),
     "models": (
@@ -189,7 +189,9 @@ def merge_recipe(
     if out is None:
         # what later recipes start from is not there to be planned with
         first = plan_recipe(stages[0], where=f"{recipe}: {names[0]}")
-        print(f"{names[0]}, the first of {len(names) + 1} recipes; the others start from results:")
+        console.print_message(
+            f"{names[0]}, the first of {len(names) + 1} recipes; the others start from results:"
+        )
         carry_out(first, None, write)
         return
     beside = None if remote.address(out) is not None else out.absolute()
@@ -228,10 +230,10 @@ def carry_out(
         label: of the result in the last line; by default the directory.
     """
     for note in merge_plan.notes:
-        print(f"note: {note}", file=sys.stderr)
+        console.print_note(f"note: {note}")
     write(merge_plan, out)
     if out is not None:
-        print(f"wrote {label or remote.address(out) or out}")
+        console.print_message(f"wrote {label or remote.address(out) or out}")
     # of the last of several recipes; the others are gone at the end
     if out is not None and label is None and remote.address(out) is None:
         serving.print_commands(out)
@@ -295,7 +297,7 @@ def plan_models(
         listed = [cast(Source, member) for member in members]
         merge_plan = plan.uniform(listed, cast(Source | None, base_model), **options)
     if method is None:
-        print(f"note: merging by {DEFAULT_METHOD}; choose another with --method", file=sys.stderr)
+        console.print_note(f"note: merging by {DEFAULT_METHOD}; choose another with --method")
     return merge_plan
 
 
@@ -355,8 +357,14 @@ def read_weights(text: str) -> tuple[float, ...]:
         ) from error
 
 
-def print_plan(merge_plan: plan.Plan, out: None = None, *, workers: int | None = None) -> None:
-    """Print a table of a plan: models, tensors, bytes, memory and time.
+def print_plan(
+    merge_plan: plan.Plan,
+    out: None = None,
+    *,
+    workers: int | None = None,
+    as_json: bool = False,
+) -> None:
+    """Print a plan: models, tensors, bytes, memory and time.
 
     Memory and time are extrapolated from the merge of one tensor.
 
@@ -364,15 +372,31 @@ def print_plan(merge_plan: plan.Plan, out: None = None, *, workers: int | None =
         merge_plan: the plan.
         out: nothing is written.
         workers: number of threads; one per core by default.
+        as_json: print JSON in place of a table.
     """
     memory, seconds = engine.estimate(merge_plan, workers)
-    table = rich.table.Table(show_header=False, box=None)
     # a recipe may name another method for each tensor
     methods = sorted({output.method for output in merge_plan.outputs})
+    dtypes = sorted({merge_plan.out_dtype_of(output).name for output in merge_plan.outputs})
+    if as_json:
+        console.print_json(
+            {
+                "methods": methods,
+                "models": [source.label for source in merge_plan.sources],
+                "tensors": len(merge_plan.outputs),
+                "dtypes": dtypes,
+                "read_bytes": merge_plan.input_bytes,
+                "write_bytes": merge_plan.output_bytes,
+                "memory_bytes": memory,
+                "seconds": seconds,
+                "notes": merge_plan.notes,
+            }
+        )
+        return
+    table = Table(show_header=False, box=None)
     table.add_row("methods", ", ".join(methods))
     for source in merge_plan.sources:
         table.add_row("model", source.label)
-    dtypes = sorted({merge_plan.out_dtype_of(output).name for output in merge_plan.outputs})
     table.add_row("tensors", f"{len(merge_plan.outputs)}, {' and '.join(dtypes)}")
     table.add_row("read at least", f"{merge_plan.input_bytes / 1e9:.3f} GB")
     table.add_row("write", f"{merge_plan.output_bytes / 1e9:.3f} GB")
@@ -380,8 +404,8 @@ def print_plan(merge_plan: plan.Plan, out: None = None, *, workers: int | None =
     table.add_row("time about", f"{seconds:.1f} s, plus the time of the disk beyond that")
     text = io.StringIO()
     # Into a text and of a fixed width, so that it depends neither on the terminal nor on a pipe.
-    rich.console.Console(file=text, width=_WIDTH).print(table)
-    print(text.getvalue(), end="")
+    Console(file=text, width=_WIDTH).print(table)
+    console.print_result(text.getvalue(), end="")
 
 
 def merge_models(
@@ -429,7 +453,7 @@ def merge_models(
             )
         # what only the merge itself could see; the other notes were printed before it
         for note in report["notes"][len(merge_plan.notes) :]:
-            print(f"note: {note}", file=sys.stderr)
+            console.print_note(f"note: {note}")
         if to == "orbax":
             # imports training and evaluation, which a merge of files does not need
             from jax_ordermerge.commands.convert import convert_checkpoint
@@ -440,13 +464,12 @@ def merge_models(
 
 @contextmanager
 def _progress_bar() -> Iterator[engine.Progress | None]:
-    """Yield a progress bar, or None where stderr is not a terminal."""
-    if not sys.stderr.isatty():
+    """Yield a progress bar, or None where stderr is not a terminal or nothing is to be shown."""
+    terminal = console.progress_console()
+    if not terminal.is_terminal or terminal.quiet:
         yield None
         return
-    # on stderr, so that stdout can be piped
-    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TimeElapsedColumn())
-    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
+    with console.make_bar(terminal) as bar:
         task = bar.add_task("merging")
         yield lambda done, count, name: bar.update(
             task, completed=done, total=count, description=name

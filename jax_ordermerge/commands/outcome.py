@@ -3,8 +3,10 @@
 import shlex
 from collections.abc import Sequence
 
+import jax
 from rich.table import Table
 
+from jax_ordermerge import console
 from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.commands import tables
 from jax_ordermerge.config import Config
@@ -13,22 +15,51 @@ from jax_ordermerge.json_types import Json
 from jax_ordermerge.layout import RunLayout, read_json
 
 
-def describe(config: Config, run: RunLayout) -> str:
-    """Return a table of base, members, average and merges on the test split, and what to do next.
+def print_outcome(config: Config, run: RunLayout, *, as_json: bool) -> None:
+    """Print the models of a run on the test split, and the next command; on one process.
 
     Args:
         config: of the run.
         run: layout of its directory on this machine.
+        as_json: print JSON, with all that was measured of each model.
     """
-    models = (read_json(run.evaluations) or {"models": []})["models"]
-    place = remote.address(config.location) or str(config.directory)
+    # of a run that is complete no process has been started
+    if config.distributed.coordinator is not None and jax.process_index() != 0:
+        return
+    models = _read_models(run)
+    if as_json:
+        console.print_json({"run": _place(config), "models": models})
+        return
+    if table := describe(models):
+        console.print_result(f"\n{table}")
+    if command := _next_command(config, run, models):
+        console.print_message(f"\nnext: {command}")
+
+
+def describe(models: Sequence[Json]) -> str:
+    """Return a table of base, members, average and merges on the test split, if measured.
+
+    Args:
+        models: those of `evaluations.json`.
+    """
+    return tables.to_text(_table(models)).rstrip("\n") if any(map(_is_measured, models)) else ""
+
+
+def _read_models(run: RunLayout) -> list[Json]:
+    return list((read_json(run.evaluations) or {"models": []})["models"])
+
+
+def _place(config: Config) -> str:
+    return remote.address(config.location) or str(config.directory)
+
+
+def _next_command(config: Config, run: RunLayout, models: Sequence[Json]) -> str | None:
     merges = [model["name"] for model in models if model["kind"] == "merge"]
     name = "average" if "average" in merges else next(iter(merges), "member_0")
-    model = shlex.quote(f"{place}/{name}")
-    text = f"{tables.to_text(_table(models))}\n" if any(map(_is_measured, models)) else ""
-    if run.is_merged(name) or not merges:
-        text += f"next: ordermerge generate {model} --prompt 'YOUR PROMPT'"
-    return text.rstrip("\n")
+    if merges and not run.is_merged(name):
+        return None
+    model = shlex.quote(f"{_place(config)}/{name}")
+    return f"ordermerge generate {model} --prompt 'YOUR PROMPT'"
 
 
 def _table(models: Sequence[Json]) -> Table:

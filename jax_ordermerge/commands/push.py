@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jax_ordermerge import record
+from jax_ordermerge import console, record
 from jax_ordermerge.checkpoint import json_files, other_files, remote
 from jax_ordermerge.checkpoint.sidecar_files import CARD, GENERATION, RECIPE, TOKENIZER_FILES
 from jax_ordermerge.errors import UserError, first_line
@@ -165,12 +164,18 @@ def _private_paths(directory: Path, files: Sequence[Path], card: str) -> Iterato
             yield f"{name} names {match[0]}, a path of this machine"
 
 
-def describe(upload: Upload) -> Iterator[str]:
-    """Yield lines on the files of an upload, and what it leaves here."""
+def _sizes(upload: Upload) -> dict[str, int]:
+    """Return the bytes of each file of an upload, in the order of their names."""
     sizes = {str(file): (upload.directory / file).stat().st_size for file in upload.files}
     # that of the upload, which is longer than the one on the disk
     sizes[CARD] = len(upload.card.encode())
-    for name, size in sorted(sizes.items()):
+    return dict(sorted(sizes.items()))
+
+
+def describe(upload: Upload) -> Iterator[str]:
+    """Yield lines on the files of an upload, and what it leaves here."""
+    sizes = _sizes(upload)
+    for name, size in sizes.items():
         yield f"{size:>15,} bytes  {name}"
     yield f"{sum(sizes.values()):>15,} bytes  in {len(sizes)} files"
     if upload.left_out:
@@ -331,12 +336,35 @@ def _reason(error: BaseException) -> str:
 
 
 def print_dry_run(
-    upload: Upload, repo_id: str, *, private: bool, update: bool, revision: str, message: str
+    upload: Upload,
+    repo_id: str,
+    *,
+    private: bool,
+    update: bool,
+    revision: str,
+    message: str,
+    as_json: bool = False,
 ) -> None:
     """Print what `push` would do with the same arguments: files, sizes, card. Needs no network."""
     check_name(repo_id)
+    if as_json:
+        console.print_json(
+            {
+                "repo_id": repo_id,
+                "revision": revision,
+                "private": private,
+                "update": update,
+                "message": message,
+                "bytes": _sizes(upload),
+                "left_out": upload.left_out,
+                "notes": upload.notes,
+                "card": upload.card,
+            }
+        )
+        return
     kind = "an update" if update else f"a new {'private ' if private else ''}repository"
-    print(f"to {repo_id}, branch {revision}, {kind}: {message}")
+    console.print_result(f"to {repo_id}, branch {revision}, {kind}: {message}")
     for line in describe(upload):
-        print(line, file=sys.stderr if line.startswith("note") else sys.stdout)
-    print(f"\n{upload.card}", end="")
+        show = console.print_note if line.startswith("note") else console.print_result
+        show(line)
+    console.print_result(f"\n{upload.card}", end="")

@@ -7,9 +7,9 @@ looks for is looked for before.
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
+from jax_ordermerge import console
 from jax_ordermerge.checkpoint import gguf_files, gguf_metadata, gguf_tokenizer, sidecar_files
 from jax_ordermerge.checkpoint.convert import load_config
 from jax_ordermerge.errors import UserError
@@ -33,9 +33,9 @@ _OLLAMA = {
 
 
 def print_commands(out: Path) -> None:
-    """Print `serving_lines` of an export on the standard error, beside what a script reads."""
+    """Print `serving_lines` of an export on stderr, beside what a script reads, unless quiet."""
     for line in serving_lines(out):
-        print(line, file=sys.stderr)
+        console.print_note(line)
 
 
 def serving_lines(directory: Path) -> list[str]:

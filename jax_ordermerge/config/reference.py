@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
+from jax_ordermerge import console
 from jax_ordermerge.config.data import DataSource
 from jax_ordermerge.config.experiment import Config
 from jax_ordermerge.config.section import FREE_TO_CHANGE, Choice, Section, sections_in
@@ -97,7 +98,7 @@ def describe_json(path: str | None = None) -> str:
         >>> json.loads(describe_json("training.epochs"))[0]["unit"]
         'epochs'
     """
-    return json.dumps([dataclasses.asdict(key) for key in _keys_at(path)], indent=1)
+    return console.to_json([dataclasses.asdict(key) for key in _keys_at(path)])
 
 
 def _keys_at(path: str | None) -> list[Key]:

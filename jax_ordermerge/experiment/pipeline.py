@@ -29,6 +29,7 @@ from jax_ordermerge.experiment.stages import analyze, evaluate, merge, report, t
 from jax_ordermerge.layout import RunLayout, SearchLayout
 from jax_ordermerge.record import Record, difference, stored_config
 from jax_ordermerge.report import run_report
+from jax_ordermerge.train.benchmark import StepTiming
 
 STAGES = (train.STAGE, merge.STAGE, analyze.STAGE, evaluate.STAGE, report.STAGE)
 
@@ -245,8 +246,10 @@ def search(
         return page
 
 
-def benchmark(config: Config, *, steps: int, profile: Path | None = None, log: Log = print) -> None:
-    """Take the first steps of a training and log how fast they are.
+def benchmark(
+    config: Config, *, steps: int, profile: Path | None = None, log: Log = print
+) -> StepTiming:
+    """Take the first steps of a training and return how fast they are.
 
     The run directory is neither read nor written.
 
@@ -261,7 +264,7 @@ def benchmark(config: Config, *, steps: int, profile: Path | None = None, log: L
     ctx = load_context(config, log)
     with tempfile.TemporaryDirectory(prefix="ordermerge-") as scratch:
         ctx = dataclasses.replace(ctx, config=ctx.config.model_copy(update={"output": scratch}))
-        train.benchmark(add_reference_logprobs(ctx), steps, profile)
+        return train.benchmark(add_reference_logprobs(ctx), steps, profile)
 
 
 def write_report(config: Config) -> str:

@@ -12,7 +12,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import jax
 
-from jax_ordermerge import processes
+from jax_ordermerge import console, processes
 from jax_ordermerge.checkpoint import atomic
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment.context import Log
@@ -163,7 +162,7 @@ def _beat(path: Path, holder: Holder, ended: threading.Event) -> None:
         current = _read(path)
         if current is not None and current.token != holder.token:
             # A machine that slept, or a file system that hung. Two writers would mix their results.
-            print(f"error: {path.parent} was taken over by {current}; stopping", file=sys.stderr)
+            console.print_error(f"error: {path.parent} was taken over by {current}; stopping")
             os.kill(os.getpid(), signal.SIGTERM)
             return
         holder = dataclasses.replace(holder, beats=holder.beats + 1)

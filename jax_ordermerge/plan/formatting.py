@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import math
 from collections.abc import Iterable
 
@@ -10,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jax_ordermerge.console import to_json
 from jax_ordermerge.json_types import Json
 from jax_ordermerge.plan import analytic
 from jax_ordermerge.plan.collectives import Collectives
@@ -48,8 +48,7 @@ def as_json(plan: Plan) -> str:
         "assumed": plan.assumptions,
         "notes": plan.notes,
     }
-    # allow_nan=False: an infinite time must not reach a reader as the word Infinity
-    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+    return to_json(document)
 
 
 def _option_json(option: OptionPlan) -> Json:

@@ -24,7 +24,7 @@ from jax_ordermerge.report.document import (
     Table,
 )
 from jax_ordermerge.report.plots import imbalance as plots
-from jax_ordermerge.report.run import Run, loss_name, percentages, read_runs
+from jax_ordermerge.report.run import Run, compare_models, loss_name, percentages, read_runs
 
 _IDENTITY = ("name", "output")  # settings that differ between any two runs
 
@@ -48,6 +48,7 @@ def write(directories: Sequence[str | Path], out: str | Path) -> Path:
             f"{len(directories)} run was given; a comparison takes two or more run directories"
         )
     runs = read_runs(directories)
+    compare_models(runs, "compare")
     page = Path(out) / "comparison.html"
     title = f"Comparison: {', '.join(run.name for run in runs)}"
     document.publish(page, title, build(runs), pictures=".")

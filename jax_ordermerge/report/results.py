@@ -30,7 +30,7 @@ from jax_ordermerge.report.document import (
 )
 from jax_ordermerge.report.formatting import INDISTINGUISHABLE
 from jax_ordermerge.report.plots import imbalance
-from jax_ordermerge.report.run import Run, loss_name, read_runs
+from jax_ordermerge.report.run import Run, compare_models, loss_name, read_runs
 
 _WRITTEN = (
     "Written by ordermerge results from the run directories: every number and every verdict is "
@@ -70,6 +70,7 @@ def write(
                 f"the run {run.name} was not analyzed and evaluated; "
                 "let ordermerge run finish it first"
             )
+    compare_models(runs, "results")
     blocks = build(runs)
     if hypotheses_file is not None:
         plan = read_hypotheses(hypotheses_file)

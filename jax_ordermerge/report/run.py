@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from jax_ordermerge import console
 from jax_ordermerge.config import read_yaml
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.json_types import Json
@@ -222,6 +223,18 @@ def read_runs(directories: Sequence[str | Path]) -> list[Run]:
             "give runs of one objective"
         )
     return runs
+
+
+def compare_models(runs: Sequence[Run], page: str) -> None:
+    """Compute the comparisons of runs, which are most of the time of a page, with progress.
+
+    Args:
+        runs: for one page; their comparisons are kept.
+        page: for the progress, e.g. `"results"`.
+    """
+    measured = [x for run in runs for x in (run, *run.populations) if x.evaluations]
+    for run in console.track(measured, len(measured), page, "populations", transient=True):
+        _ = run.comparison
 
 
 def loss_name(runs: Sequence[Run]) -> str:

@@ -1,13 +1,14 @@
 """The report of one run: report.html, a file that needs no other, and report.md."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jax_ordermerge import console
 from jax_ordermerge.layout import SearchLayout, read_search
 from jax_ordermerge.report import contrasts, document, findings, search_findings
 from jax_ordermerge.report.chapters import imbalance, merges, models, provenance, summary
 from jax_ordermerge.report.document import Block, Bullets, Chapter, Heading, Paragraph
-from jax_ordermerge.report.run import Run, read_run
+from jax_ordermerge.report.run import Run, compare_models, read_run
 
 
 def write(run_directory: str | Path) -> Path:
@@ -20,6 +21,7 @@ def write(run_directory: str | Path) -> Path:
     """
     run = read_run(run_directory)
     title = f"Order merging report: {run.name}"
+    compare_models([run], "report")
     contrasts.write(run)
     document.publish(run.layout.report_html, title, build(run), pictures="report")
     return run.layout.report_html
@@ -45,22 +47,26 @@ def write_search(run_directory: Path, directory: Path) -> Path:
 def build(run: Run) -> list[Block]:
     """Return the blocks of the report."""
     # from the findings down to what they rest on; what only reproduces the run comes last
-    chapters = [
-        ("Findings in full", _findings(run)),
-        ("Over populations", contrasts.chapter(run)),
-        ("Training", imbalance.training(run)),
-        ("Position in the order", [*imbalance.imbalance(run), *imbalance.mitigation(run)]),
-        ("Models and merges", [*models.results(run), *models.texts(run), *merges.merges(run)]),
-        ("Search", merges.search(run.search, run.loss_unit)),
-        ("Controls", merges.controls(run)),
-        ("Items", models.answers(run)),
-        ("Provenance", provenance.provenance(run)),
+    chapters: list[tuple[str, Callable[[], Sequence[Block]]]] = [
+        ("Findings in full", lambda: _findings(run)),
+        ("Over populations", lambda: contrasts.chapter(run)),
+        ("Training", lambda: imbalance.training(run)),
+        ("Position in the order", lambda: [*imbalance.imbalance(run), *imbalance.mitigation(run)]),
+        (
+            "Models and merges",
+            lambda: [*models.results(run), *models.texts(run), *merges.merges(run)],
+        ),
+        ("Search", lambda: merges.search(run.search, run.loss_unit)),
+        ("Controls", lambda: merges.controls(run)),
+        ("Items", lambda: models.answers(run)),
+        ("Provenance", lambda: provenance.provenance(run)),
     ]
-    return [
-        Paragraph(_introduction(run)),
-        *summary.summary(run),
-        *(Chapter(title, _below(title, blocks)) for title, blocks in chapters if blocks),
-    ]
+    report: list[Block] = [Paragraph(_introduction(run)), *summary.summary(run)]
+    for title, make in console.track(chapters, len(chapters), "report", "chapters", transient=True):
+        # of a stage without output there may be nothing to say
+        if blocks := make():
+            report.append(Chapter(title, _below(title, blocks)))
+    return report
 
 
 def _below(title: str, blocks: Sequence[Block]) -> Sequence[Block]:

@@ -3,11 +3,12 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from jax_ordermerge import console
 from jax_ordermerge.arch import ModelConfig
 from jax_ordermerge.config.merge import Search
 from jax_ordermerge.data.examples import Examples
@@ -240,6 +241,12 @@ def run_search(
     )
 
 
+def _track(numbers: Sequence[int], round_number: int) -> Iterable[int]:
+    """Show on a terminal how many candidates of a round are measured."""
+    stage = f"search, round {round_number}"
+    return console.track(numbers, len(numbers), stage, "candidates", transient=True)
+
+
 class BestCandidates(NamedTuple):
     """Numbers of the best candidate of all, and of those that it has to beat."""
 
@@ -277,7 +284,7 @@ class SearchLoop:
         self._measure, self._measured = sums, dict[tuple[str, int], np.ndarray]()
         self.candidates: list[Candidate] = []
         self._criterion = measures.make_criterion(counts, self._member_sums)
-        self.halving = SuccessiveHalving(self._criterion.weights, sizes, self._values)
+        self.halving = SuccessiveHalving(self._criterion.weights, sizes, self._values, _track)
 
     def run(self, sampler: sampling.Sampler, space: Search, seed: int) -> bool:
         """Run the baselines, members and average at every lambda, and all batches of a sampler.
@@ -329,7 +336,9 @@ class SearchLoop:
         """Measure the candidates of every search on all examples."""
         numbers, _ = self._add(candidates)
         # The winner is then never worse on validation than the best member.
-        for number in numbers:
+        for number in console.track(
+            numbers, len(numbers), "search, base and members", "models", transient=True
+        ):
             self.halving.measure_fully(number)
         rounds = ", ".join(map(str, self._sizes))
         self._log(f"  {self._sizes[-1]} validation examples, rounds of {rounds}")

@@ -1,7 +1,7 @@
 """Successive halving of candidates on growing subsets of the same items. Numpy alone."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -16,6 +16,8 @@ LEVEL = 0.05
 SubsetLossFn = Callable[[int, int], np.ndarray]
 # Called after each round with its number, the candidates that ran, and those that go on.
 OnRound = Callable[[int, Sequence[int], Sequence[int]], None]
+# Passes on the candidates of a round while it shows how many of them are measured.
+Track = Callable[[Sequence[int], int], Iterable[int]]
 
 
 def subset_sizes(items: int, smallest: int) -> list[int]:
@@ -98,10 +100,18 @@ class SuccessiveHalving:
         tokens: [n], the token count of each item, in the order of the subsets.
         sizes: see `subset_sizes`.
         measure: losses of a candidate on the items that a subset adds to the one before.
+        track: called with the candidates of a round and its number; see `Track`.
     """
 
-    def __init__(self, tokens: np.ndarray, sizes: Sequence[int], measure: SubsetLossFn) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        sizes: Sequence[int],
+        measure: SubsetLossFn,
+        track: Track = lambda numbers, round_number: numbers,
+    ) -> None:
         self._tokens, self._sizes, self._measure = tokens, list(sizes), measure
+        self._track = track
         self.standings: dict[int, Standing] = {}
 
     def measure_fully(self, number: int) -> None:
@@ -147,7 +157,7 @@ class SuccessiveHalving:
         running = list(numbers)
         tests = len(numbers) + 1  # per round: each candidate, and the leader
         for subset, size in enumerate(self._sizes):
-            for number in running:
+            for number in self._track(running, subset + 1):
                 self._extend(number, subset)
             if size == self._sizes[-1]:
                 break

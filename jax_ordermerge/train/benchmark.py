@@ -38,6 +38,16 @@ class StepTiming(NamedTuple):
     mfu: float | None
     host: float
 
+    def to_json(self) -> Json:
+        """Return the timing under names that have their units."""
+        return {
+            "compilation_seconds": self.compilation,
+            "seconds_per_step": self.step,
+            "tokens_per_second": self.tokens,
+            "mfu": self.mfu,
+            "host_fraction": self.host,
+        }
+
     def __str__(self) -> str:
         mfu = "unknown for this device" if self.mfu is None else f"{100 * self.mfu:.1f} %"
         return (

@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from jax_ordermerge import console
-from jax_ordermerge.cli.app import log
 from jax_ordermerge.commands import init, outcome
 from jax_ordermerge.config import load_config
 from jax_ordermerge.layout import RunLayout, write_json
@@ -109,12 +108,23 @@ def make_run(tmp_path):
     return run
 
 
-def test_a_run_ends_with_five_lines_and_the_next_command(tmp_path):
+def test_a_run_ends_with_five_lines_and_the_next_command(tmp_path, capsys):
     run = make_run(tmp_path)
     run.merged("average").mkdir(parents=True)
     (run.merged("average") / "config.json").touch()
     config = load_config(None, [f"output={run.root}"])
-    lines = [line.split() for line in outcome.describe(config, run).splitlines()]
+    outcome.print_outcome(config, run, as_json=False)
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()[1:]]
+    assert lines[-1] == [
+        "next:",
+        "ordermerge",
+        "generate",
+        f"{run.root}/average",
+        "--prompt",
+        "'YOUR",
+        "PROMPT'",
+    ]
     assert [line[-5:] for line in lines[2:7] if "mean" not in line] == [
         ["7.0000", "0.0", "%", "+-", "2.0"],
         ["0.2000", "60.0", "%", "+-", "2.0"],
@@ -128,9 +138,10 @@ def test_a_run_ends_with_five_lines_and_the_next_command(tmp_path):
 
 def test_quiet_prints_no_messages(capsys, monkeypatch):
     monkeypatch.setattr(console._Settings, "quiet", False)
-    log("shown")
+    console.print_message("shown")
     console.set_quiet(True)
-    log("hidden")
+    console.print_message("hidden")
+    console.print_note("hidden")
     console.progress_console().print("hidden")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("shown\n", "")

@@ -51,7 +51,9 @@ def test_a_registered_kind_evaluates_a_model(tmp_path, task):
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
     lines = []
     config = load_config(tmp_path / "config.yaml", ["mesh.fsdp=1"])
-    results = evaluate.evaluate_tasks(config, tmp_path / "out", lines.append)
+    results = evaluate.evaluate_tasks(
+        config, tmp_path / "out", lines.append, on_result=lines.append
+    )
     assert results["tasks"]["toy"] == {"accuracy": 0.0, "se": 0.0, "n": 2}
     assert lines == ["toy: accuracy 0.0 % +- 0.0, n 2"]
     items = json.loads((tmp_path / "out" / "toy.json").read_text())

@@ -16,9 +16,10 @@ from tests.commands.test_cli import call
 def test_a_benchmark_writes_nothing_but_the_profile(folder, tmp_path):
     messages = []
     config = load_config(folder / "tiny.yaml", [f"output={tmp_path / 'run'}"])
-    pipeline.benchmark(config, steps=6, profile=tmp_path / "profile", log=messages.append)
-    assert "s per step" in messages[-1]
-    assert "tokens/s, MFU unknown for this device, host outside the compiled step" in messages[-1]
+    timing = pipeline.benchmark(config, steps=6, profile=tmp_path / "profile", log=messages.append)
+    assert "s per step" in str(timing)
+    assert "tokens/s, MFU unknown for this device, host outside the compiled step" in str(timing)
+    assert timing.to_json()["seconds_per_step"] == timing.step > 0
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert [path.name for path in tmp_path.iterdir()] == ["profile"]
     with pytest.raises(

@@ -4,56 +4,58 @@ Versions, devices, the links between processes, base and data, memory and storag
 """
 
 import os
-import sys
 from collections.abc import Iterable, Iterator
 
-import rich
 from rich.table import Table
 from rich.text import Text
 
-from jax_ordermerge import processes
+from jax_ordermerge import console, processes
+from jax_ordermerge.commands import tables
 from jax_ordermerge.commands.doctor import devices, inputs, storage
 from jax_ordermerge.commands.doctor.finding import Finding
 from jax_ordermerge.commands.doctor.versions import check_versions, installed
 from jax_ordermerge.config import Config
 from jax_ordermerge.errors import UserError
-from jax_ordermerge.experiment.context import Log
 
 __all__ = ["Finding", "check_versions", "diagnose", "examine", "installed"]
 
 _COLORS = {"ok": "green", "note": "yellow", "error": "red"}
 
 
-def diagnose(config: Config | None, *, only_versions: bool, log: Log) -> bool:
+def diagnose(config: Config | None, *, only_versions: bool, as_json: bool = False) -> bool:
     """Print the findings about a machine, and return whether a run can start on it.
 
     Args:
         config: see `examine`.
         only_versions: print versions and errors about them; start no devices.
-        log: receives one-line messages.
+        as_json: print JSON in place of a table.
     """
+    versions = list(installed()) if only_versions else []
     if only_versions:
-        # the header of a bug report: plain lines that can be pasted
-        for name, version in installed():
-            log(f"{name} {version}")
         findings = [finding for finding in check_versions() if finding.verdict == "error"]
     else:
         findings = list(examine(config))
+    errors = [finding.subject for finding in findings if finding.verdict == "error"]
+    if as_json:
+        rows = [finding._asdict() for finding in findings]
+        console.print_json({"fit": not errors, "versions": dict(versions), "findings": rows})
+        return not errors
+    # the header of a bug report: plain lines that can be pasted
+    for name, version in versions:
+        console.print_result(f"{name} {version}")
     if findings:
         table = Table(box=None, show_header=False)
         for subject, verdict, detail in findings:
             table.add_row(Text(verdict, _COLORS[verdict]), subject, Text(detail, overflow="fold"))
-        rich.print(table)
-    errors = [finding.subject for finding in findings if finding.verdict == "error"]
+        tables.show(table)
     if errors:
         # the names in the last line: the table of a pod's workers is long
         names = ", ".join(dict.fromkeys(errors))
-        print(
-            f"not fit: {len(errors)} of {len(findings)} findings would make a run fail ({names})",
-            file=sys.stderr,
+        console.print_error(
+            f"not fit: {len(errors)} of {len(findings)} findings would make a run fail ({names})"
         )
     elif not only_versions:
-        log("fit to run")
+        console.print_message("fit to run")
     return not errors
 
 

@@ -16,6 +16,7 @@ from jax_ordermerge.experiment.context import RunContext, Stage
 from jax_ordermerge.layout import RunLayout, write_json
 from jax_ordermerge.model import lora
 from jax_ordermerge.train import batches
+from jax_ordermerge.train.benchmark import StepTiming
 from jax_ordermerge.tree import Tree
 
 
@@ -74,10 +75,9 @@ def is_complete(config: Config) -> bool:
     )
 
 
-def benchmark(ctx: RunContext, steps: int, profile: Path | None) -> None:
-    """Log how fast the first steps of the training are. Only the profile is written."""
-    timing = waves.measure_steps(ctx, _base_loader(ctx), count=steps, profile=profile)
-    ctx.log(str(timing))
+def benchmark(ctx: RunContext, steps: int, profile: Path | None) -> StepTiming:
+    """Return how fast the first steps of the training are. Only the profile is written."""
+    return waves.measure_steps(ctx, _base_loader(ctx), count=steps, profile=profile)
 
 
 def _base_loader(ctx: RunContext) -> Callable[[], Tree]:
