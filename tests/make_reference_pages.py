@@ -85,7 +85,7 @@ def cli() -> str:
     rows = [(f"[`{name}`](#{name})", _plain(_first(_doc(commands[name])))) for name in commands]
     parts = [
         "# Commands\n",
-        "`ordermerge COMMAND --help` prints the same. [Exit codes](exit_codes.md).\n",
+        "`ordermerge COMMAND --help` prints the same. [Exit codes, `--quiet` and `--json`](exit_codes.md).\n",
         _table(("command", "what it does"), rows),
     ]
     for name, function in commands.items():

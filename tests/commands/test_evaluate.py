@@ -128,8 +128,10 @@ def test_a_limit_for_all_tasks(folder, tasks, tmp_path, capsys):
     settings["data"] = {"template": "plain"}
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(settings))
     options = ["--config", tmp_path / "tasks.yaml", "--out", tmp_path / "out", "--limit", 2]
-    assert call("evaluate", folder / "base", *options) == 0
+    assert call("evaluate", folder / "base", *options, "--json", "--quiet") == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
+    captured = capsys.readouterr()
+    assert (json.loads(captured.out), captured.err) == (results, "")
     # the lower one of the two limits
     assert [task["n"] for task in results["tasks"].values()] == [2, 2, 1, 2]
     assert results["limit"] == 2

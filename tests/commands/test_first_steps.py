@@ -8,7 +8,7 @@ import yaml
 from jax_ordermerge import console
 from jax_ordermerge.commands import init, outcome
 from jax_ordermerge.config import load_config
-from jax_ordermerge.layout import RunLayout, write_json
+from jax_ordermerge.layout import RunLayout, read_json, write_json
 from tests.commands.test_cli import call
 
 
@@ -134,6 +134,9 @@ def test_a_run_ends_with_five_lines_and_the_next_command(tmp_path, capsys):
     assert lines[3] == ["2", "members,", "mean", "0.2500", "55.0", "%"]
     assert lines[4][:4] == ["lowest", "loss,", "members:", "member_1"]
     assert lines[6][:5] == ["lowest", "loss,", "2", "merges:", "ties"]
+    outcome.print_outcome(config, run, as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == {"run": str(run.root), "models": read_json(run.evaluations)["models"]}
 
 
 def test_quiet_prints_no_messages(capsys, monkeypatch):

@@ -14,6 +14,7 @@ from jax_ordermerge import console
 from jax_ordermerge.cli import app
 from tests.commands.test_cli import call
 
+ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -74,6 +75,13 @@ def test_everything_is_printed_by_the_console():
                 if is_printed or called.startswith("rich.progress."):
                     calls.append(f"{path.relative_to(package)}:{node.lineno} {called}")
     assert {call.split(":")[0] for call in calls} == {"console.py"}, calls
+
+
+def test_exit_codes_of_the_help_are_documented():
+    page = (ROOT / "docs" / "reference" / "exit_codes.md").read_text()
+    documented = set(re.findall(r"^\| (\d+) \|", page, re.MULTILINE))
+    named = set(re.findall(r"\b(\d+)\b(?= {2,}\w| by )", app.info.epilog))
+    assert named == documented - {"137"} == {"0", "1", "2", "130", "134", "143"}  # 137 is a kill -9
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,9 @@ def test_a_dry_run_estimates_for_the_threads_that_were_asked_for(
         engine, "estimate", lambda plan, workers=None: asked.append(workers) or (1e9, 2.0)
     )
     assert call("merge", *models, "--dry-run", "--workers", "3") == 0
-    assert call("merge", *models, "--dry-run") == 0
-    assert asked == [3, None]
     assert "2.0 s" in capsys.readouterr().out
+    assert call("merge", *models, "--dry-run", "--json") == 0
+    assert asked == [3, None]
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["memory_bytes"], plan["seconds"]) == (1e9, 2.0)
+    assert plan["methods"] == ["average"]

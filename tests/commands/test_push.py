@@ -158,6 +158,11 @@ def test_a_dry_run_needs_no_network(run, capsys):
     assert "base_model_relation: merge" in out
     assert "model-index:" in out
     assert f"note: the license is that which {BASE} names on the hub" in err
+    assert call("push", run, "org/merged", "--dry-run", *options, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["bytes"]["model.safetensors"] == size
+    assert plan["private"]
+    assert plan["card"] in out
 
 
 def test_an_update_leaves_nothing_that_a_loader_would_take_for_its_own(hub, tmp_path, capsys):
