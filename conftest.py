@@ -36,6 +36,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 import jax
 import pytest
 
+from jax_ordermerge import console
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -70,6 +72,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def printing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Print everything at the start of each test, whatever options a test before it has given."""
+    monkeypatch.setattr(console._Settings, "quiet", False)
+    monkeypatch.setattr(console._Settings, "as_json", False)
 
 
 def _count_maps() -> int:

@@ -31,6 +31,7 @@ class _Settings:
     # of the process, as its stdout is: messages come from every layer
     quiet = False
     as_json = False
+    has_bar = False  # before version 14.1 rich refuses a second bar below another one
 
 
 def set_quiet(quiet: bool) -> None:
@@ -130,7 +131,8 @@ def track(
 ) -> Iterator[T]:
     """Yield items, and show on a terminal how many are done and the time left.
 
-    Elsewhere nothing is shown: a stage logs a line for each item by itself.
+    Elsewhere nothing is shown: a stage logs a line for each item by itself. Nor inside of another
+    bar, as of a search that is one of the merges of a run.
 
     Args:
         items: what is worked on.
@@ -146,7 +148,7 @@ def track(
         ['a', 'b']
     """
     console = progress_console(file)
-    if not console.is_terminal or console.quiet or total < 2:
+    if not console.is_terminal or console.quiet or _Settings.has_bar or total < 2:
         yield from items
         return
     columns = (
@@ -158,6 +160,10 @@ def track(
     )
     with make_bar(console, *columns, transient=transient) as bar:
         task = bar.add_task(stage, total=total)
-        for item in items:
-            yield item
-            bar.advance(task)
+        _Settings.has_bar = True
+        try:
+            for item in items:
+                yield item
+                bar.advance(task)
+        finally:
+            _Settings.has_bar = False

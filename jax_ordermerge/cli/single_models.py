@@ -24,6 +24,15 @@ from jax_ordermerge.cli.app import (
 )
 from jax_ordermerge.errors import UserError
 
+MethodParameters = Annotated[
+    list[str] | None,
+    Option(
+        "--param",
+        metavar="KEY=VALUE",
+        help="Parameter of the method, as in resample=exhaustive. May be repeated.",
+    ),
+]
+
 
 @app.command()
 def merge(
@@ -38,19 +47,10 @@ def merge(
     *,
     out: Annotated[Path | None, Option(help="Directory to write. It must not exist.")] = None,
     base: Annotated[str | None, Option(help="With MODEL...: their base model.")] = None,
-    method: Annotated[
-        str | None, Option(help="With MODEL...: merge method; average by default.")
-    ] = None,
-    parameters: Annotated[
-        list[str] | None,
-        Option(
-            "--param",
-            metavar="KEY=VALUE",
-            help="Parameter of the method, as in resample=exhaustive. May be repeated.",
-        ),
-    ] = None,
+    method: Annotated[str | None, Option(help="With MODEL...: average by default.")] = None,
+    parameters: MethodParameters = None,
     weights: Annotated[
-        str | None, Option(help="One number per model, separated by commas; equal by default.")
+        str | None, Option(help="One per model, separated by commas; equal by default.")
     ] = None,
     seed: Annotated[int, Option(help="Seed of the random methods.")] = 0,
     dtype: Annotated[
@@ -88,6 +88,8 @@ def merge(
     if kind == "run":
         run_through("merge", paths[0], overrides)
         return
+    if not dry_run:
+        refuse_options(context, "it goes with --dry-run", ignored=["as_json"])
     target = command.find_target(paths, out, kind)
     command.check_output(target, to, kind, is_written=not dry_run)
     shard_bytes = command.read_shard_size(shard_gb)
@@ -95,12 +97,8 @@ def merge(
         command.merge_models, to=to, workers=workers, shard_bytes=shard_bytes, allow_nan=allow_nan
     )
     if dry_run:
-        target, write = (
-            None,
-            functools.partial(command.print_plan, workers=workers, as_json=as_json),
-        )
-    else:
-        refuse_options(context, "it goes with --dry-run", ignored=["as_json"])
+        target = None
+        write = functools.partial(command.print_plan, workers=workers, as_json=as_json)
     ignore = split_keys(ignore_config_keys)
     if kind == "recipe":
         command.merge_recipe(paths[0], target, write, ignore, allow_bin=allow_bin)

@@ -139,8 +139,7 @@ def test_a_run_ends_with_five_lines_and_the_next_command(tmp_path, capsys):
     assert printed == {"run": str(run.root), "models": read_json(run.evaluations)["models"]}
 
 
-def test_quiet_prints_no_messages(capsys, monkeypatch):
-    monkeypatch.setattr(console._Settings, "quiet", False)
+def test_quiet_prints_no_messages(capsys):
     console.print_message("shown")
     console.set_quiet(True)
     console.print_message("hidden")
@@ -164,3 +163,10 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert list(console.track("abc", 3, "evaluate", "models", file=file)) == ["a", "b", "c"]
     assert "evaluate" in file.getvalue()
     assert "3/3" in file.getvalue()
+    # one bar at a time
+    inside = Terminal()
+    for _ in console.track("ab", 2, "merge", "merges", file=file):
+        list(console.track("abc", 3, "search", "candidates", file=inside))
+    assert not inside.getvalue()
+    list(console.track("abc", 3, "search", "candidates", transient=True, file=inside))
+    assert "3/3" in inside.getvalue()

@@ -99,14 +99,16 @@ def test_json_is_all_of_the_output(arguments, capsys):
     assert json.loads(capsys.readouterr().out)
 
 
-def test_json_that_a_mode_has_not(capsys):
-    assert call("launch", "quickstart", "--target", "slurm", "--json") == 2
+@pytest.mark.parametrize(
+    "line", ["launch quickstart --target slurm", "train quickstart", "merge a/x b/y --out c"]
+)
+def test_json_that_a_mode_has_not(line, capsys):
+    assert call(*line.split(), "--json") == 2
     assert "--json would be ignored" in capsys.readouterr().err
 
 
-def test_messages_beside_json_are_on_stderr(capsys, monkeypatch):
-    monkeypatch.setattr(console._Settings, "quiet", False)
-    monkeypatch.setattr(console._Settings, "as_json", True)
+def test_messages_beside_json_are_on_stderr(capsys):
+    console.set_json(True)
     console.print_message("step 1")
     console.print_json([1])
     captured = capsys.readouterr()
