@@ -9,7 +9,7 @@ from jax_ordermerge.analysis import paired
 from jax_ordermerge.search.successive_halving import SuccessiveHalving, paired_gap, subset_sizes
 
 
-def halving_of(losses, tokens=None, smallest=8, measured=None):
+def halving_of(losses, tokens=None, smallest=8, measured=None, **options):
     """Successive halving over losses [K, n] that are known in advance."""
     items = losses.shape[1]
     tokens = np.ones(items) if tokens is None else tokens
@@ -21,7 +21,7 @@ def halving_of(losses, tokens=None, smallest=8, measured=None):
         start = 0 if subset == 0 else sizes[subset - 1]
         return (losses * tokens)[number, start : sizes[subset]]
 
-    return SuccessiveHalving(tokens, sizes, measure)
+    return SuccessiveHalving(tokens, sizes, measure, **options)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,21 @@ def test_gap_equals_the_paired_comparison():
     expected = paired.difference(first, second, weights=tokens)
     assert estimate == pytest.approx(expected.estimate)
     assert error == pytest.approx(expected.se)
+
+
+def test_progress_is_of_the_candidates_of_each_round():
+    losses = np.random.default_rng(0).normal(0, 0.1, (9, 32)) + np.arange(9.0)[:, None]
+    shown, rounds = [], []
+
+    def track(numbers, round_number):
+        shown.append((round_number, list(numbers)))
+        return numbers
+
+    halving = halving_of(losses, track=track)
+    halving.measure_fully(8)
+    halving.run(range(8), lambda number, ran, onward: rounds.append((number, list(ran))))
+    assert shown[: len(rounds)] == rounds
+    assert shown[0] == (1, list(range(8)))
 
 
 def test_the_best_is_found_with_few_measurements():
