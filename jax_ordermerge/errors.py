@@ -5,6 +5,7 @@ import errno
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Final
 
 
@@ -61,6 +62,21 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     initials = [x for x in names if "".join(part[:1] for part in x.split("_")) == name]
     nearest = initials if len(initials) == 1 else nearest
     return f" (did you mean '{nearest[0]}'?)" if nearest else f" (known: {', '.join(names)})"
+
+
+def similar_path(path: Path) -> str:
+    """Return `" (did you mean 'x'?)"` for the file or directory beside a missing one, else `""`.
+
+    Example:
+        >>> similar_path(Path("nowhere/train.csv"))
+        ''
+    """
+    try:
+        siblings = [item.name for item in path.parent.iterdir()]
+    except OSError:  # no directory, or one that may not be read
+        siblings = []
+    nearest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
+    return f" (did you mean '{path.parent / nearest[0]}'?)" if nearest else ""
 
 
 def first_line(error: BaseException) -> str:

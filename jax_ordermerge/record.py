@@ -211,8 +211,8 @@ class Record:
         if fixed:
             raise UserError(
                 f"{self._run.root} was made with another config ({'; '.join(fixed)});"
-                f" restore it, or give a config file, such as {self._run.config}, with"
-                " --set output=DIRECTORY"
+                " restore these settings to continue it; for another run give a config file, such"
+                f" as {self._run.config}, with --set output=DIRECTORY"
             )
         if items:
             raise UserError(

@@ -1,13 +1,12 @@
 """The local directory of a base model, wherever it comes from. It takes no jax to find it."""
 
-import difflib
 import importlib.resources
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 from jax_ordermerge.checkpoint import gguf_files, remote
-from jax_ordermerge.errors import UserError, first_line
+from jax_ordermerge.errors import UserError, first_line, similar_path
 
 # safetensors first: `resolve(weights=False)` leaves it out
 _HUB_FILES = (
@@ -66,7 +65,7 @@ def resolve(base: str, *, weights: bool = True, allow_bin: bool = False) -> Path
     if base.startswith((".", "/", "~")) or base.count("/") > 1 or is_gguf:
         kind = "file" if is_gguf else "directory"
         raise UserError(
-            f"model {kind} {base} not found{_similar(path)}; give an existing {kind}, a hub name or"
+            f"model {kind} {base} not found{similar_path(path)}; give an existing {kind}, a hub name or"
             " embedded:NAME"
         )
     directory = _download(base, _HUB_FILES if weights else _HUB_FILES[1:])
@@ -87,11 +86,16 @@ def is_on_hub(base: str) -> bool:
     return not is_local and remote.address(base) is None and not remote.expand(base).exists()
 
 
-def _similar(path: Path) -> str:
-    """Return a hint at the directory beside a missing one whose name is nearest to it, if any."""
-    siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-    nearest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
-    return f" (did you mean '{path.parent / nearest[0]}'?)" if nearest else ""
+def _near(name: str) -> str:
+    """Return a hint at a model of the package or of a directory whose name is nearest."""
+    if name in {*_shipped(), *PACKAGED}:
+        return f" (did you mean 'embedded:{name}'?)"
+    return similar_path(Path(name))
+
+
+def _shipped() -> list[str]:
+    assets = assets_directory()
+    return [item.name for item in assets.iterdir() if item.is_dir()] if assets.is_dir() else []
 
 
 def assets_directory() -> Path:
@@ -110,15 +114,13 @@ def _embedded(name: str) -> Path:
                 f' with pip install "jax_ordermerge[{extra}]"'
             )
         return gguf_files.read_directory(Path(spec.submodule_search_locations[0]) / file)
-    assets = assets_directory()
-    shipped = [item.name for item in assets.iterdir() if item.is_dir()] if assets.is_dir() else []
-    if name not in shipped:
+    if name not in (shipped := _shipped()):
         raise UserError(
             f"embedded:{name} is not shipped with this package"
             f" (shipped: {', '.join(sorted(shipped)) or 'none'}) or with another"
             f" ({', '.join(PACKAGED)})"
         )
-    return assets / name
+    return assets_directory() / name
 
 
 def _download(name: str, patterns: Sequence[str]) -> Path:
@@ -145,7 +147,8 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
         ) from error
     except (OSError, errors.HTTPError) as error:  # all network failures of the hub are one of these
         raise UserError(
-            f"model {name} is no directory{_similar(Path(name))} and could not be downloaded:"
-            f" {first_line(error)}"
+            f"model {name} is no directory{_near(name)} and could not be downloaded:"
+            f" {first_line(error)}; give an existing directory, a hub name OWNER/NAME that can be"
+            " reached, or embedded:NAME"
         ) from error
     return Path(directory)

@@ -64,6 +64,9 @@ def write_config(name: str, out: Path | None) -> Path:
     # commands of the header are those of the copy, which is another experiment by its name
     text = text.replace(f"configs/{shipped.describe(source).name}.yaml", shlex.quote(str(path)))
     if out is not None:
+        if named := re.search(r"^name: *(\S+)", text, flags=re.M):
+            run = re.escape(named[1].strip("\"'"))
+            text = re.sub(rf"\bruns/{run}(?![\w-])", lambda _: f"runs/{path.stem}", text)
         text = re.sub(r"^name: .*$", f"name: {json.dumps(path.stem)}", text, count=1, flags=re.M)
     atomic.replace(path, comments.annotate(text).encode())
     return path

@@ -181,7 +181,9 @@ def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
         ────────────────────────
         quickstart   2 minutes
     """
-    return _table(heads, rows, (), left=heads)
+    table = _table(heads, rows, (), left=heads)
+    table.columns[0].no_wrap = True  # a name that is folded cannot be copied
+    return table
 
 
 def to_text(table: Table, width: int | None = None) -> str:

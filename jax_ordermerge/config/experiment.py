@@ -25,7 +25,7 @@ from jax_ordermerge.config.section import (
     set_value,
 )
 from jax_ordermerge.config.training import Lora, Samples, Tracking, Training
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import UserError, similar_path
 from jax_ordermerge.json_types import Json, JsonRow
 
 
@@ -220,7 +220,11 @@ def _data_conflicts(config: Config) -> Iterator[str]:
         )
     too_long = [length for length in data.buckets if length > data.max_length]
     if too_long:
-        yield f"data.buckets {too_long} are above data.max_length = {data.max_length}"
+        fitting = [length for length in data.buckets if length <= data.max_length]
+        yield (
+            f"data.buckets {too_long} are above data.max_length = {data.max_length}; set"
+            f" data.buckets={fitting}, or a larger max_length"
+        )
     if data.packing != "none" and data.buckets:
         yield (
             f"data.buckets pad rows of one example, data.packing = {data.packing} fills them; give"
@@ -421,7 +425,9 @@ def read_yaml(file: Path, what: str = "config", expected: str = "training:") -> 
         UserError: the file is absent, not valid YAML, or holds something else than sections.
     """
     if not file.is_file():
-        raise UserError(f"{what} file {file} not found")
+        near = similar_path(file) or (shipped.suggest(file) if what == "config" else "")
+        names = ", or a name that ordermerge configs lists" if what == "config" else ""
+        raise UserError(f"{what} file {file} not found{near}; give an existing YAML file{names}")
     try:
         # The safe loader: a config may come from others, and the full loader would build any object
         # that it names. An empty file is None, and a valid config of defaults.

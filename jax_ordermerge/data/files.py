@@ -72,7 +72,9 @@ def read(path: str, split: str = "train", *, limit: int | None = None) -> Table:
             " dataset owner/name, or generated:NAME"
         )
     if not rows:
-        raise UserError(f"data {path} holds no rows")
+        raise UserError(
+            f"data {path} holds no rows; expected one example per row, in CSV below a header"
+        )
     return Table(rows[:limit], tuple(files), passed_over)
 
 
@@ -167,12 +169,11 @@ def _parse(text: str, name: str, kind: str = "") -> list[Json]:
                 rows += [values.parse_json(line)] if line.strip() else []
             except ValueError as error:
                 raise UserError(f"data file {name}: line {number} is not JSON: {error}") from error
-    # csv.DictReader collects surplus fields under the key None
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or None in row:
-            shown = "more fields than the header" if isinstance(row, dict) else type(row).__name__
+        if not isinstance(row, dict):
             raise UserError(
-                f"data file {name}: row {number} is {shown}, expected an object with named columns"
+                f"data file {name}: row {number} is {type(row).__name__}, expected an object with"
+                " named columns"
             )
     return rows
 
@@ -180,7 +181,9 @@ def _parse(text: str, name: str, kind: str = "") -> list[Json]:
 def _parse_csv(text: str, name: str, delimiter: str) -> list[Json]:
     csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072
     # Not strict, a quote that is never closed would take in the rest of the file as one cell.
-    lines = io.StringIO(text.lstrip("\r\n"), newline="")
+    content = text.lstrip("\r\n")
+    skipped = text[: len(text) - len(content)].count("\n")
+    lines = io.StringIO(content, newline="")
     reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
     columns = list(reader.fieldnames or ())
     if twice := sorted({column for column in columns if columns.count(column) > 1}):
@@ -189,7 +192,18 @@ def _parse_csv(text: str, name: str, delimiter: str) -> list[Json]:
         )
     # pandas writes its index under no name, and reads it under this one
     reader.fieldnames = [column or "Unnamed: 0" for column in columns]
-    return list(reader)
+    rows = []
+    for row in reader:
+        # surplus fields are collected under the key None
+        if surplus := row.pop(None, None):  # type: ignore[call-overload]
+            shown = "the tab" if delimiter == "\t" else f"'{delimiter}'"
+            raise UserError(
+                f"data file {name}: line {skipped + reader.line_num} has"
+                f" {len(columns) + len(surplus)} fields, the header has {len(columns)}; put a text"
+                f" that holds {shown} in double quotes"
+            )
+        rows.append(row)
+    return rows
 
 
 def identify(path: str, split: str | None) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from jax_ordermerge.checkpoint import object_store, remote
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import UserError, similar_path
 
 KINDS: Final = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 CODECS: Final = (".gz", ".zst")
@@ -64,7 +64,10 @@ def list_files(path: str) -> Listing | None:
         # It may be a name of the hub; with a suffix of ours it was meant as a file.
         if not path.lower().endswith(SUFFIXES):
             return None
-        raise UserError(f"data file {path} not found")
+        raise UserError(
+            f"data file {path} not found{similar_path(local)}; give an existing file (relative"
+            f" paths begin at {Path.cwd()})"
+        )
     if not local.name.lower().endswith(SUFFIXES):
         raise UserError(f"data file {path} has an unknown suffix; expected {EXPECTED}")
     return _select(path, [(path, local)])

@@ -9,7 +9,7 @@ from jax_ordermerge import config as schema
 from jax_ordermerge import layout
 from jax_ordermerge.checkpoint import remote
 from jax_ordermerge.config import Config, shipped
-from jax_ordermerge.errors import UserError
+from jax_ordermerge.errors import UserError, similar_path
 from jax_ordermerge.layout import RunLayout, member_name
 from jax_ordermerge.merge.recipe import schema as recipes
 from jax_ordermerge.record import stored_config
@@ -41,7 +41,7 @@ def read_config(target: str | Path, overrides: Sequence[str] = ()) -> Config:
         return schema.load_config(path, overrides)
     run = RunLayout(path)
     if not path.is_dir():
-        near = shipped.suggest(target)
+        near = similar_path(path) or shipped.suggest(target)
         raise UserError(
             f"config file {path} not found{near}; give a config file, a run directory, or a name"
             " that ordermerge configs lists"

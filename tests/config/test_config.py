@@ -94,7 +94,7 @@ CONFIGS = sorted(
             "training.mixing.kind is missing: wash or papa",
         ),
         ({"training": {"ema": 1}}, "training.ema = 1: input should be less than 1"),
-        ({"data": {"buckets": [1024]}}, "data.buckets [1024] are above data.max_length = 512"),
+        ({"data": {"buckets": [1024]}}, "data.max_length = 512; set data.buckets=[], or"),
         (
             {"merge": {"methods": [{"method": "ties"}, {"method": "ties"}]}},
             "the name ties is used twice",

@@ -84,7 +84,12 @@ def test_hub_out_of_reach_is_one_line(monkeypatch):
         ("a.jsonl", b"", "holds no rows"),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz cannot be read: Not a gzipped file"),
         ("a.parquet", b"plain", "a.parquet cannot be read"),
-        ("a.csv", b"text\na,b\n", "row 0 is more fields than the header"),
+        (
+            "a.csv",
+            b"text\na,b\n",
+            "line 2 has 2 fields, the header has 1; put a text that holds ','",
+        ),
+        ("a.tsv", b'\n\nx\ty\n"a\nb"\tc\n1\t2\t3\n', "line 6 has 3 fields, .* holds the tab in"),
         ("a.txt", b"\xff\xfe\xff", r"a.txt is not UTF-8 \(byte 0\); convert it"),
         ("a.csv", "text\né".encode("latin-1"), r"a.csv is not UTF-8 \(byte 5\)"),
         ("a.json", '[{"text": "a"}]'.encode("utf-16"), "a.json is not UTF-8"),

@@ -22,6 +22,8 @@ from jax_ordermerge.report.plots.figure import (
     names_down,
 )
 
+_MOST_PANELS = 5  # beside each other: in narrower ones the names leave no place for the values
+
 
 def training(log: Sequence[Json], unit: str) -> str:
     """Draw the training loss of every member and the learning rate by step.
@@ -244,11 +246,15 @@ def merging(analysis: Json, unit: str) -> str | None:
         return None
     names = ["members", *merged]
 
-    with draw("merging", 1.15 + 0.3 * len(names)) as figure:
-        epochs = analysis["design"]["epochs"]
+    epochs = analysis["design"]["epochs"]
+    columns = min(epochs, _MOST_PANELS)
+    lines = -(-epochs // columns)
+    with draw("merging", 0.55 + lines * (0.6 + 0.3 * len(names))) as figure:
         # shared axes: the epochs are to be compared
-        panels = figure.subplots(1, epochs, sharex=True, sharey=True, squeeze=False)[0]
-        for epoch, axes in enumerate(panels):
+        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.ravel()[epochs:]:
+            axes.set_visible(False)
+        for epoch, axes in enumerate(grid.ravel()[:epochs]):
             interval(axes, 0, of_members[epoch], KIND["member"])
             for index, rows in enumerate(merged.values(), start=1):
                 interval(axes, index, rows[epoch]["merged"], KIND["merge"])
