@@ -28,6 +28,9 @@ os.environ.update(
     # tests that change the code by monkeypatch would read what other code has tokenized
     ORDERMERGE_EXAMPLE_CACHE="off",
     MPLBACKEND="agg",
+    # a command whose stderr is no terminal sets these for its process, which here is that of all tests
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     # each worker has one core; threads that wait for each other tripled the time of simulations
     OPENBLAS_NUM_THREADS="1",
 )

@@ -76,7 +76,7 @@ def plan_experiment(
     spec.population.check_groups(analytic.mesh_layout(spec, target).sizes["order"])
     compiler_options.check_preset(spec.model, target.platform)
     notes = list(inputs.notes)
-    compiles = not analytic_only and _can_compile(target, notes)
+    compiles = not analytic_only and _can_compile(spec, target, notes)
     # the workload does not depend on the settings that the search changes
     planner = _Planner(target, inputs, measure_workload(spec, inputs), compiles, log)
     if compiles:
@@ -115,8 +115,8 @@ def _with_base_dtype(spec: PlanSpec, inputs: Inputs) -> PlanSpec:
     return spec.change(merge={"dtype": inputs.base_dtype})
 
 
-def _can_compile(target: Topology, notes: list[str]) -> bool:
-    """Return whether there is a compiler for a topology; note why not, or what it differs in."""
+def _can_compile(spec: PlanSpec, target: Topology, notes: list[str]) -> bool:
+    """Return whether a compiler can be asked; note why not, or what its program differs in."""
     if not devices.has_compiler(target):
         notes.append(
             f"no compiler for {target.name} is installed (pip install"
@@ -130,6 +130,13 @@ def _can_compile(target: Topology, notes: list[str]) -> bool:
     except UserError as error:
         # any number of GPUs exists, so it is the installation that is at fault
         notes.append(f"{error}: all figures are estimates")
+        return False
+    if spec.training.optimizer_memory == "host":
+        # jax 0.11.2: their devices have no kinds of memory, so arrays lose theirs
+        notes.append(
+            "the compiler knows no memory of the host beside GPUs that are not here, as"
+            " training.optimizer_memory = host takes it: all figures are estimates"
+        )
         return False
     notes.append(
         "attention is compiled as plain XLA; cuDNN, which `run` uses where possible, needs less"

@@ -123,6 +123,16 @@ def test_a_compiler_for_gpus_that_does_not_start_is_one_note(monkeypatch):
     assert note.endswith(": all figures are estimates")
 
 
+def test_memory_of_the_host_of_absent_gpus_is_an_estimate(monkeypatch):
+    monkeypatch.setattr(devices, "has_compiler", lambda topology: True)
+    monkeypatch.setattr(devices, "topology_devices", lambda topology: [])
+    sections = {"training": {"batch": 128, "optimizer_memory": "host"}}
+    done = plan(sections, "h100:8", examples=7473, find_better=False, analytic_only=False)
+    assert done.configured.source == "analytic"
+    (note,) = [note for note in done.notes if "memory of the host" in note]
+    assert note.endswith("training.optimizer_memory = host takes it: all figures are estimates")
+
+
 def test_ironwood_is_planned_by_devices_of_half_a_chip():
     done = plan({"training": {"batch": 128}}, "tpu7x:2x2x1", examples=7473, find_better=False)
     assert done.topology.size == 8
