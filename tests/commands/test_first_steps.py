@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from jax_ordermerge import console
-from jax_ordermerge.commands import init, outcome
+from jax_ordermerge.commands import configs, init, outcome
 from jax_ordermerge.config import load_config
 from jax_ordermerge.layout import RunLayout, read_json, write_json
 from tests.commands.test_cli import call
@@ -89,6 +89,43 @@ def test_init_of_a_shipped_config(tmp_path, monkeypatch, capsys):
     assert call("init", "quickstart") == 0
     assert "next: ordermerge run quickstart.yaml" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "quickstart.yaml").read_text())["name"] == "quickstart"
+
+
+def test_a_copy_names_its_own_run_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("init", "smollm2_chat_lora", "chat.yaml") == 0
+    text = (tmp_path / "chat.yaml").read_text()
+    assert "ordermerge convert runs/chat/average ADAPTER" in text
+    assert "runs/smollm2_chat_lora" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "faq.yml"], "(did you mean 'faq.yaml'?)"),
+        (["run", "quickstat"], "(did you mean 'quickstart'?)"),
+        (["data", "faq.yaml"], "(did you mean 'train.jsonl'?); give an existing file"),
+        (["generate", "quickstart", "--prompt", "a"], "(did you mean 'embedded:quickstart'?)"),
+        (
+            ["evaluate", "embedded:quickstart", "--config", "benchmark/choices"],
+            "'benchmarks/choices'?)",
+        ),
+    ],
+)
+def test_names_that_are_nearly_right(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "faq.yaml").write_text(
+        "model: {base: embedded:quickstart}\ndata: {train: trian.jsonl}\n"
+    )
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert expected in error
+    assert "\n" not in error
+
+
+def test_names_of_configs_are_not_folded():
+    assert "llama2_7b_gsm8k_rft" in configs.list_configs(as_json=False, width=100)
 
 
 def make_run(tmp_path):

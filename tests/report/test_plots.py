@@ -32,10 +32,10 @@ MODELS = [
 ]
 
 
-def analysis(members=2, samples=80):
+def analysis(members=2, samples=80, epochs=2):
     rng = np.random.default_rng(0)
     x = np.stack(
-        [[rng.permutation(samples) / (samples - 1) for _ in range(2)] for _ in range(members)]
+        [[rng.permutation(samples) / (samples - 1) for _ in range(epochs)] for _ in range(members)]
     )
     losses = rng.normal(2, 0.3, samples) + rng.normal(0, 0.1, (members, samples))
     merged = {"ties": losses.mean(axis=0) ** 1.01}
@@ -195,6 +195,12 @@ def test_a_base_far_away_does_not_squeeze_the_others():
     assert "base" not in shown
     assert "the base, at 5.250, lies outside" in description(DRAWN["losses"]())
     assert "base" in words(models.losses([MODELS[0] | {"loss": 1.84}, *MODELS[1:]], UNIT))
+
+
+def test_many_epochs_are_drawn_below_each_other():
+    # warnings are errors here: matplotlib gives up where twelve panels stand side by side
+    drawn = imbalance.merging(analysis(epochs=12), UNIT)
+    assert all(f"epoch {number}" in words(drawn) for number in range(1, 13))
 
 
 def test_what_was_not_determined_is_not_drawn():
