@@ -138,7 +138,7 @@ class Ours:
             "device": jax.devices()[0].device_kind,
             "tokens": useful,
         }
-        self.state = steps.initial_state(llama.init_params(CONFIG, 0), tx, abstract)
+        self.state = steps.initial_state([llama.init_params(CONFIG, 0)], tx, abstract)
 
     def step(self) -> None:
         """Run one step of all members and wait for it."""
