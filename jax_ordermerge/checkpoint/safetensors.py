@@ -325,8 +325,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     if end != available:
         problem = "is truncated" if end > available else "has bytes after the last tensor"
         raise _printable_error(
-            f"{path} {problem}: {end} bytes of tensors expected, {available} present; copy or"
-            " download it again"
+            f"{path} {problem}: {end} bytes of tensors expected, {available} present; copy it again"
         )
     return {
         name: _Entry(path, dtype, shape, 8 + length + begin)

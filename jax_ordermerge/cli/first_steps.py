@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from jax_ordermerge import console
-from jax_ordermerge.cli.app import AsJson, Quiet, app, refuse_options
+from jax_ordermerge.cli.app import AsJson, Overrides, Quiet, app, refuse_options
 from jax_ordermerge.errors import UserError
 
 
@@ -55,6 +55,7 @@ def init(
     members: Annotated[
         int, Option(min=1, help="Number of members, each in an order of its own.")
     ] = 4,
+    overrides: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
     """Write a config to edit: a copy, or one for your data.
@@ -70,7 +71,9 @@ def init(
     arguments = names or []
     if model is None or data is None:
         mode = "it goes with --model and --data"
-        refuse_options(context, mode, ignored=["model", "data", "test", "hardware", "members"])
+        refuse_options(
+            context, mode, ignored=["model", "data", "test", "hardware", "members", "overrides"]
+        )
         path = _write_shipped(arguments)
         summary = ""
     else:
@@ -83,7 +86,7 @@ def init(
         path = Path(arguments[0] if arguments else "experiment.yaml")
         if path.suffix not in (".yaml", ".yml"):
             raise UserError(f"{path}: expected a file to write that ends in .yaml")
-        request = command.Request(model, data, test, hardware, members)
+        request = command.Request(model, data, test, hardware, members, tuple(overrides or ()))
         summary = f": {command.write_config(request, path)}"
     console.print_message(f"wrote {path}{summary}\nnext: ordermerge run {shlex.quote(str(path))}")
 

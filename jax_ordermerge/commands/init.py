@@ -1,6 +1,7 @@
 """A config for a model, data and devices: what is chosen, and why, as comments beside it."""
 
 import dataclasses
+import functools
 import math
 import shlex
 import textwrap
@@ -16,7 +17,7 @@ from jax_ordermerge.commands import configs
 from jax_ordermerge.commands import data as data_command
 from jax_ordermerge.config import Config, make_config
 from jax_ordermerge.config.reference import to_yaml
-from jax_ordermerge.config.section import set_value
+from jax_ordermerge.config.section import override, set_value
 from jax_ordermerge.data.examples import Examples
 from jax_ordermerge.errors import UserError
 from jax_ordermerge.experiment import preflight
@@ -64,6 +65,7 @@ class Request:
         test: test data; by default some examples are set aside.
         hardware: see `hardware.parse`; by default the devices of this machine.
         members: how many orders.
+        changes: `"section.key=value"`, as `--set` takes them: settings that are given, not chosen.
     """
 
     model: str
@@ -71,6 +73,7 @@ class Request:
     test: str | None = None
     hardware: str | None = None
     members: int = 4
+    changes: tuple[str, ...] = ()
 
 
 def write_config(request: Request, out: Path) -> str:
@@ -88,12 +91,13 @@ def write_config(request: Request, out: Path) -> str:
         parse(request.hardware, 1)  # before minutes of reading
     settings = _choose_inputs(request, out.stem)
     architecture = convert.load_config(convert.resolve(request.model, weights=False))
-    cap = min(architecture.context_length, _LONGEST)
-    draft = _make([*settings, Setting("data.max_length", cap)])
+    longest = Setting("data.max_length", min(architecture.context_length, _LONGEST))
+    draft = _make(_give([*settings, longest], request))
+    cap = draft.data.max_length
     loaded = data_command.load(draft)
     settings += _choose_data(loaded.splits["train"], request, cap)
     settings += _choose_training(_count_rows(settings, loaded.splits["train"]), architecture)
-    draft = _make([*settings, Setting("model.compute_dtype", "float32")])
+    draft = _make(_give([*settings, Setting("model.compute_dtype", "float32")], request))
     # by formulas: a compilation takes minutes, and may need a compiler that is not here
     plan = planner.plan_experiment(plan_spec(draft), request.hardware, analytic_only=True)
     settings += _choose_hardware(plan, request)
@@ -104,6 +108,7 @@ def write_config(request: Request, out: Path) -> str:
             "a merge each; ordermerge search finds more without a training",
         )
     )
+    settings = _give(settings, request)
     config = _make(settings)
     preflight.check_config(config)
     loaded = data_command.load(config)
@@ -120,6 +125,18 @@ def write_config(request: Request, out: Path) -> str:
 
 def _make(settings: list[Setting]) -> Config:
     return make_config(_nested(settings), "the config to write")
+
+
+def _give(settings: list[Setting], request: Request) -> list[Setting]:
+    """Return settings with those that are given in place of those that were chosen."""
+    for item in request.changes:
+        raw: Json = {}
+        override(raw, item)
+        key = item.partition("=")[0].strip()
+        value = functools.reduce(lambda section, name: section[name], key.split("."), raw)
+        # within a section that was chosen as one value, the given key comes after it
+        settings = [*(x for x in settings if x.key != key), Setting(key, value)]
+    return settings
 
 
 def _nested(settings: list[Setting]) -> Json:
@@ -289,9 +306,10 @@ def _as_yaml(settings: list[Setting], request: Request, out: Path) -> str:
     options = [
         part
         for name, value in dataclasses.asdict(request).items()
-        if value is not None and (name, value) != ("members", 4)
+        if name != "changes" and value is not None and (name, value) != ("members", 4)
         for part in (f"--{name}", str(value))
     ]
+    options += [part for item in request.changes for part in ("--set", item)]
     path = shlex.quote(str(out))
     reasons = {setting.key: setting.reason for setting in settings if setting.reason}
     lines = [

@@ -437,5 +437,7 @@ def read_yaml(file: Path, what: str = "config", expected: str = "training:") -> 
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{file}: expected sections such as '{expected}', got {type(raw).__name__}")
+        kind = "a list" if isinstance(raw, list) else "text"
+        hint = "; a file of examples is given as data.train" if what == "config" else ""
+        raise UserError(f"{file}: expected sections such as '{expected}', got {kind}{hint}")
     return raw

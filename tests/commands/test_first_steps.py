@@ -1,6 +1,7 @@
 """What a new user types first: a config for their data, and what a run ends with on the screen."""
 
 import json
+import shlex
 
 import pytest
 import yaml
@@ -48,6 +49,24 @@ def test_a_config_for_a_model_data_and_devices(tmp_path, hardware):
         assert lines[number - 1].lstrip().startswith("#"), f"no reason for {key}"
     # but for those that name files, which have long names here
     assert all(len(line) <= 100 for line in lines if str(tmp_path) not in line)
+
+
+def test_what_is_given_is_not_chosen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f'"wie viel ist {n} + 1?","{n + 1}"\n' for n in range(40))
+    (tmp_path / "faq.csv").write_text("frage,antwort\n" + rows)
+    given = ["data.columns={prompt: frage, completion: antwort}", "training.optimizer=lion"]
+    given += ["training.batch=2", "training.optimizer.beta1=0.8"]
+    options = [part for item in given for part in ("--set", item)]
+    assert call("init", "--model", "embedded:quickstart", "--data", "faq.csv", *options) == 0
+    config = load_config("experiment.yaml")
+    assert config.data.columns == {"prompt": "frage", "completion": "antwort"}
+    assert config.training.batch == 2
+    assert config.training.optimizer.kind == "lion"
+    assert config.training.optimizer.beta1 == 0.8
+    text = (tmp_path / "experiment.yaml").read_text()
+    assert shlex.join(options) in text.splitlines()[0]
+    assert "steps per epoch" not in text  # the reason for a batch that was not chosen
 
 
 def test_examples_that_are_there_twice_are_named(tmp_path):
