@@ -195,7 +195,7 @@ def _parse_csv(text: str, name: str, delimiter: str) -> list[Json]:
     rows = []
     for row in reader:
         # surplus fields are collected under the key None
-        if surplus := row.pop(None, None):  # type: ignore[call-overload]
+        if surplus := row.pop(None, None):
             shown = "the tab" if delimiter == "\t" else f"'{delimiter}'"
             raise UserError(
                 f"data file {name}: line {skipped + reader.line_num} has"
