@@ -25,7 +25,7 @@ MISSING = [
 ]
 needs_harness = pytest.mark.skipif(
     bool(MISSING),
-    reason=f"not installed: {', '.join(MISSING)} (pip install 'jax_ordermerge[eval]')",
+    reason=f"not installed: {', '.join(MISSING)} (pip install 'jax_ordermerge[eval,parity]')",
 )
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it imports
 
